@@ -1,0 +1,1 @@
+"""Step-Audio: speech chat, speech recognition and speech synthesis in one package."""

@@ -1,0 +1,1 @@
+"""Speech chat: messages, tools and the reply engine."""

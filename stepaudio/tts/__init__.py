@@ -1,0 +1,1 @@
+"""Text to speech: voices, style tags, long text and batches."""
