@@ -80,9 +80,8 @@ def read_audio(path: str | os.PathLike[str]) -> Audio:
     try:
         samples, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise RequestError(
-            f"{path} is no sound file this can read ({error.error_string.strip().rstrip('.')}): convert it to wav or flac"
-        ) from None
+        reason = error.error_string.strip().rstrip(".")
+        raise RequestError(f"{path} is no sound file this can read ({reason}): convert it to wav or flac") from None
     if len(samples) == 0:
         raise RequestError(f"{path} holds 0 samples")
     try:
