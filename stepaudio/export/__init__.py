@@ -1,0 +1,1 @@
+"""Writers of the release's files, from configurations and tensors: what training exports and tests load."""
