@@ -55,6 +55,19 @@ LAYOUT = CodeLayout()
 _AUDIO_TEXT = re.compile(r"<audio_(\d+)>")
 
 
+def _whole_numbers(values: Sequence[int] | np.ndarray) -> np.ndarray:
+    """A copy as int64 [n]; RequestError for anything but a flat list of whole numbers."""
+    try:
+        numbers = np.asarray(values)
+    except ValueError:
+        raise RequestError("audio codes must be a flat list of whole numbers, not lists of several lengths") from None
+    if numbers.size == 0:
+        return np.zeros(0, np.int64)
+    if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
+        raise RequestError(f"audio codes must be a flat list of whole numbers, not {numbers.dtype} {numbers.shape}")
+    return numbers.astype(np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class AudioCodes:
     """One utterance as interleaved codes, int64 [n], each 0..5119.
@@ -65,11 +78,7 @@ class AudioCodes:
     interleaved: np.ndarray
 
     def __post_init__(self) -> None:
-        codes = np.asarray(self.interleaved)
-        if codes.size == 0:
-            codes = codes.astype(np.int64).reshape(-1)
-        if codes.ndim != 1 or not np.issubdtype(codes.dtype, np.integer):
-            raise RequestError(f"audio codes must be a list of whole numbers, not {codes.dtype} {codes.shape}")
+        codes = _whole_numbers(self.interleaved)
         outside = np.flatnonzero((codes < 0) | (codes >= LAYOUT.size))
         if outside.size:
             at = int(outside[0])
@@ -77,16 +86,13 @@ class AudioCodes:
                 f"audio code {int(codes[at])} at position {at} is outside 0..{LAYOUT.size - 1} "
                 "(token ids become codes with from_ids)"
             )
-        codes = np.ascontiguousarray(codes, dtype=np.int64)
-        if codes is self.interleaved:
-            codes = codes.copy()
         codes.setflags(write=False)
         object.__setattr__(self, "interleaved", codes)
 
     @classmethod
     def merge(cls, linguistic: Sequence[int] | np.ndarray, semantic: Sequence[int] | np.ndarray) -> AudioCodes:
         """Interleaves two code streams 2:3; what does not fill a whole group is dropped."""
-        linguistic, semantic = np.asarray(linguistic, np.int64), np.asarray(semantic, np.int64)
+        linguistic, semantic = _whole_numbers(linguistic), _whole_numbers(semantic)
         for name, codes, size in (
             ("linguistic", linguistic, LAYOUT.linguistic_size),
             ("semantic", semantic, LAYOUT.semantic_size),
@@ -107,7 +113,7 @@ class AudioCodes:
     @classmethod
     def from_ids(cls, ids: Iterable[int], base: int = LAYOUT.id_base) -> AudioCodes:
         """From token ids; `base` is the id of `<audio_0>` (65536 in the release)."""
-        return cls(np.asarray(list(ids), np.int64) - base)
+        return cls(_whole_numbers(list(ids)) - base)
 
     @classmethod
     def from_text(cls, text: str) -> AudioCodes:
@@ -116,7 +122,7 @@ class AudioCodes:
         rest = _AUDIO_TEXT.sub("", text).strip()
         if rest:
             raise RequestError(f"audio text must be <audio_N> pieces only, found {rest[:40]!r}")
-        return cls(np.asarray([int(code) for code in codes], np.int64))
+        return cls(_whole_numbers([int(code) for code in codes]))
 
     def to_ids(self, base: int = LAYOUT.id_base) -> list[int]:
         return (self.interleaved + base).tolist()

@@ -5,15 +5,16 @@ Knows nothing about what the files hold.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizer.errors import CheckpointError, RequestError
 
-_LFS_MAGIC = b"version https://git-lfs"
+LFS_MAGIC = b"version https://git-lfs"
 
 
 def config_file(name: str) -> Path:
@@ -33,16 +34,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises RequestError if the folder is missing or cannot be written to.
     """
     path = Path(path)
-    if path.is_dir():
-        raise RequestError(f"{path} is a folder: give the name of a file to write")
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    except FileNotFoundError:
-        raise RequestError(f"folder {path.parent} does not exist: create it first") from None
-    except (PermissionError, NotADirectoryError) as error:
-        raise RequestError(f"cannot write to {path.parent}: {error.strerror}") from None
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary_beside(path)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -53,6 +45,34 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_beside(path: Path) -> Path:
+    """A new empty file beside `path` with the same suffix."""
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder: give the name of a file to write")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}-", suffix=path.suffix, dir=path.parent)
+    except FileNotFoundError:
+        raise RequestError(f"folder {path.parent} does not exist: create it first") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RequestError(f"cannot write to {path.parent}: {error.strerror}") from None
+    os.close(handle)
+    return Path(name)
+
+
+def check_target(path: str | os.PathLike[str], suffixes: Collection[str] = ()) -> Path:
+    """Checks that a file can be written at `path`, before long work is done for it.
+
+    Raises RequestError for a folder, a missing or read-only parent, and a suffix not among `suffixes` (if any).
+    """
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise RequestError(f"{path}: unknown format {path.suffix!r}: use {', '.join(suffixes)}")
+    _temporary_beside(path).unlink()
+    return path
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -75,9 +95,9 @@ def require_file(path: str | os.PathLike[str], what: str) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{what}: {path} is not a file")
     with open(path, "rb") as file:
-        head = file.read(len(_LFS_MAGIC))
+        head = file.read(len(LFS_MAGIC))
     if not head:
         raise CheckpointError(f"{what}: {path} is empty: download it again")
-    if head == _LFS_MAGIC:
+    if head == LFS_MAGIC:
         raise CheckpointError(f"{what}: {path} is a git-lfs pointer, not the file: run `git lfs pull` in its folder")
     return path

@@ -1,0 +1,31 @@
+"""Which golden components exist, and running one of them."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from stepaudio.golden.base import Row
+from tokenizer.errors import RequestError
+
+COMPONENTS = (
+    "postprocessing",
+    "linguistic_tokenizer",
+    "semantic_tokenizer",
+    "dual_tokens",
+    "prompt_features",
+    "flow",
+    "vocoder",
+    "manifests",
+    "step1_lm",
+    "prompts",
+    "chat_prompts",
+    "tts_e2e",
+)
+
+
+def replay(component: str, root: Path) -> list[Row]:
+    """All rows of one component of a golden folder. Raises RequestError for an unknown name."""
+    if component not in COMPONENTS:
+        raise RequestError(f"unknown golden component {component!r}: choose from {', '.join(COMPONENTS)}")
+    return list(importlib.import_module(f"stepaudio.golden.{component}").replay(root))
