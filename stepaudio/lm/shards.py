@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -104,6 +105,8 @@ def borrowed_index(source: str | os.PathLike[str] | None) -> Iterator[str | os.P
         files = {key: str(path.resolve()) for key, path in weight_map(source).items()}
         index = {"metadata": {}, "weight_map": files}
         (Path(name) / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+        for config in Path(source).glob("*config.json"):
+            shutil.copy(config, name)
         yield name
 
 
