@@ -72,7 +72,11 @@ def check_names(names: Collection[str]) -> None:
 
 def require_checkpoint(root: Path, name: str) -> Path:
     """The folder of "tokenizer", "tts" or "chat" below `root`; CheckpointError if it is not there."""
-    folder = root / CHECKPOINTS[name]
+    return require_folder(root / CHECKPOINTS[name], name)
+
+
+def require_folder(folder: Path, name: str) -> Path:
+    """`folder`, where the checkpoint `name` should be; CheckpointError if it is not there."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing: download {CHECKPOINTS[name]} there or check --model-path")
     return folder

@@ -1,1 +1,1 @@
-"""Measurements with a baseline in the same run; `python -m stepaudio.bench --help` lists them."""
+"""Measurements with a baseline in the same run; `stepaudio bench --help` lists them."""
