@@ -24,6 +24,7 @@ from tokenizer.errors import CheckpointError, RequestError
 from tokenizer.files import require_file
 from tokenizer.log_mel import HOP_LENGTH, log_mel
 from tokenizer.onnx_weights import read_semantic_onnx
+from tokenizer.packed import pack
 from tokenizer.weights import build
 
 SAMPLE_RATE = 16_000
@@ -228,14 +229,6 @@ class TorchBackend:
         return list(codes) if counts is None else [row[:count] for row, count in zip(codes, counts.tolist())]
 
 
-def _column_major(model: SemanticEncoder) -> SemanticEncoder:
-    """The same weights, matrices stored the way CPU products read them fastest (2 to 4 % over row-major)."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.data = layer.weight.data.t().contiguous().t()
-    return model
-
-
 class OnnxBackend:
     """The released file in onnxruntime, one clip at a time, inputs by position (formats.md 6.1)."""
 
@@ -284,7 +277,7 @@ class SemanticTokenizer:
     ) -> SemanticTokenizer:
         """Opens `speech_tokenizer_v1.onnx`; backend "torch" or "onnx" (same codes, the released graph)."""
         if backend == "torch":
-            return cls(TorchBackend(_column_major(SemanticEncoder.from_file(path).to(device))), device)
+            return cls(TorchBackend(pack(SemanticEncoder.from_file(path).to(device))), device)
         if backend == "onnx":
             return cls(OnnxBackend(path, torch.device(device)), device)
         raise RequestError(f'semantic backend must be "torch" or "onnx", not {backend!r}')
