@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from stepaudio.golden.replay import COMPONENTS, replay
+from stepaudio.golden.replay import COMPONENTS, present, replay
 from tokenizer.errors import RequestError, run
 
 
@@ -28,7 +29,9 @@ def main() -> int:
     args = arguments()
     if not args.golden.is_dir():
         raise RequestError(f"{args.golden} is not a folder: give the one that holds the golden components")
-    chosen = args.only.split(",") if args.only else COMPONENTS
+    chosen = args.only.split(",") if args.only else present(args.golden)
+    if absent := [name for name in COMPONENTS if name not in chosen]:
+        print(f"not replayed: {', '.join(absent)}", file=sys.stderr)
     failed = 0
     for component in chosen:
         for row in replay(component, args.golden):

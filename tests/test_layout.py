@@ -22,7 +22,14 @@ BELOW = {
     "cosyvoice": {"tokenizer"},
     "stepaudio.lm": {"tokenizer"},
     "stepaudio.tts": {"tokenizer", "cosyvoice", "stepaudio.lm", "stepaudio.checkpoints", "stepaudio.device"},
-    "stepaudio.chat": {"tokenizer", "cosyvoice", "stepaudio.lm", "stepaudio.tts", "stepaudio.checkpoints", "stepaudio.device"},
+    "stepaudio.chat": {
+        "tokenizer",
+        "cosyvoice",
+        "stepaudio.lm",
+        "stepaudio.tts",
+        "stepaudio.checkpoints",
+        "stepaudio.device",
+    },
 }
 
 

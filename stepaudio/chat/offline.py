@@ -80,7 +80,7 @@ def text_item(name: str, text: str, defaults: ChatRequest) -> Item:
 def sound_item(name: str, path: str, defaults: ChatRequest, task: Literal["chat", "asr"] = "chat") -> Item:
     """A human turn of sound, or a sound to write down."""
     turn = {"role": HUMAN, "content": {"type": "audio", "audio": path}}
-    return Item(name, path, _with_turns(defaults, [turn]), task, path)
+    return Item(printable(name) or "sound", printable(path), _with_turns(defaults, [turn]), task, path)
 
 
 def read_items(

@@ -36,6 +36,6 @@ def message(ended: Ended) -> str:
     """The error text: one or two lines, no traceback, exit code 2."""
     assert ended.code == 2, ended
     assert "Traceback" not in ended.err
-    lines = ended.err.strip().splitlines()
+    lines = [line for line in ended.err.strip().splitlines() if not line.startswith("not replayed")]
     assert 1 <= len(lines) <= 2 and lines[0].startswith("error: "), ended.err
     return ended.err
