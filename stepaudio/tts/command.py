@@ -16,7 +16,7 @@ from typing import Any
 from stepaudio.checkpoints import SPEAKERS_DIR, TTS_DIR, find_root
 from stepaudio.device import resolve_device, resolve_dtype
 from stepaudio.tts.batch import read_jobs, run_jobs
-from stepaudio.tts.engine import StepAudioTTS
+from stepaudio.tts.engine import StepAudioTTS, examine
 from stepaudio.tts.speakers import Speakers
 from stepaudio.tts.speech import TTS_SAMPLING, Speech, TTSRequest
 from stepaudio.tts.style import HUMMING, RAP
@@ -81,6 +81,8 @@ def run_command(args: argparse.Namespace) -> int:
             _report({**asdict(result), "path": path}, args.json)
         return int(any(result.error is not None for result in results))
     texts = list(_texts(args, request, speakers))
+    for _, item in texts:
+        examine(item, speakers)  # what is wrong with a request is said before a model is loaded
     engine = _engine(args, root, speakers)
     for name, item in texts:
         _report(_speak(engine, name, item, args.output_path), args.json)

@@ -180,12 +180,7 @@ class StepAudioTTS:
 
     def _plan(self, request: TTSRequest) -> list[_Take]:
         """Checks everything about a request and cuts it into pieces."""
-        if isinstance(request.seed, bool) or not isinstance(request.seed, int) or not 0 <= request.seed <= MAX_SEED:
-            raise RequestError(f"seed {request.seed!r} must be a whole number in 0..{MAX_SEED}")
-        check_effects(request.speed, request.volume)
-        styled = style.parse(validate(request.text), request.allow_any_tag)
-        words = validate(normalize(styled.text) if request.normalize else styled.text)
-        speaker = self._speaker(request, styled.music)
+        styled, words, speaker = examine(request, self.speakers)
         voice = self.voices.get(speaker.wav_path)
         if styled.music:
             self.music_decoder()  # a missing music flow is this request's error
@@ -203,14 +198,6 @@ class StepAudioTTS:
             params = replace(params, seed=request.seed + i * _SEEDS_PER_PIECE)
             takes.append(_Take(piece, prompt, params, voice, styled.music is not None))
         return takes
-
-    def _speaker(self, request: TTSRequest, music: str | None) -> SpeakerPrompt:
-        if request.clone is None:
-            return self.speakers.find(request.speaker, music)
-        if request.speaker is not None:
-            raise RequestError("give either a speaker or a clone, not both")
-        clone = request.clone
-        return clone if isinstance(clone, SpeakerPrompt) else SpeakerPrompt.from_dict(clone)
 
     def _params(self, sampling: SamplingParams, used: int, text: str, music: bool) -> SamplingParams:
         """What may be drawn after a prompt of `used` tokens."""
@@ -271,6 +258,24 @@ class StepAudioTTS:
                 for (_, attempt), audio in zip(batch, sounds):
                     attempt.audio = audio
                     attempt.problems += check_sound(audio)
+
+
+def examine(request: TTSRequest, speakers: Speakers) -> tuple[style.StyledText, str, SpeakerPrompt]:
+    """Everything about a request that needs no model: its tags, its words and the voice it asks for.
+
+    Raises RequestError for whatever in it cannot be served.
+    """
+    if isinstance(request.seed, bool) or not isinstance(request.seed, int) or not 0 <= request.seed <= MAX_SEED:
+        raise RequestError(f"seed {request.seed!r} must be a whole number in 0..{MAX_SEED}")
+    check_effects(request.speed, request.volume)
+    styled = style.parse(validate(request.text), request.allow_any_tag)
+    words = validate(normalize(styled.text) if request.normalize else styled.text)
+    if request.clone is None:
+        return styled, words, speakers.find(request.speaker, styled.music)
+    if request.speaker is not None:
+        raise RequestError("give either a speaker or a clone, not both")
+    clone = request.clone
+    return styled, words, clone if isinstance(clone, SpeakerPrompt) else SpeakerPrompt.from_dict(clone)
 
 
 def _finish(request: TTSRequest, takes: Sequence[_Take]) -> Speech | StepAudioError:
