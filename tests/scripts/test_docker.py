@@ -85,7 +85,7 @@ def test_the_examples_in_the_comments_parse():
     name, *arguments = shlex.split(re.search(r" stepaudio ((?:\w+) --.*?--output-dir \S+)", comments)[1])
     parser = ArgumentParser(allow_abbrev=False)
     importlib.import_module(COMMANDS[name].module).add_arguments(parser)
-    parser.parse_args(arguments)
+    assert parser.parse_args(arguments).output_dir
 
 
 def test_it_runs_as_a_plain_user_with_models_outside():
