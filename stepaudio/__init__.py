@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import tokenizer  # noqa: F401  how threads wait is decided there, before torch is loaded
 from stepaudio.auto import register_step1
 
 if TYPE_CHECKING:

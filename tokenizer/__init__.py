@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Threads that wait for each other sleep instead of spinning: where another process shares the cores, spinning made
+# small models 50 times slower. Read when torch is loaded, so it stands before that; a value of the user's own wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from tokenizer.compat import StepAudioTokenizer
