@@ -30,9 +30,12 @@ def table(folder: Path = REPO / "benchmarks") -> str:
     commands = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        timed = [row for row in result["rows"] if row.get("unit") == "s"]
+        if not timed:
+            continue
         machine = result["machine"]
         where = machine["gpu"] or f"{machine['threads']} threads of {machine['cpu']}"
-        lines += [_line(row, where) for row in result["rows"] if row.get("unit") == "s"]
+        lines += [_line(row, where) for row in timed]
         commands.append(f"`{path.name}`: `{result['command']}`, commit {machine['commit']}, torch {machine['torch']}")
     return "\n".join([*lines, "", *(f"- {command}" for command in commands), ""])
 

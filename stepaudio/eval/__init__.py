@@ -1,0 +1,1 @@
+"""Judging a finished checkpoint by what its engines say and understand."""
