@@ -29,7 +29,7 @@ def noise_clip(seconds: float, seed: int) -> np.ndarray:
     return 0.1 * samples * swing.astype(np.float32)
 
 
-def semantic(root: Path, seconds: float, repeats: int, seed: int, rounds: int = 5) -> list[Row]:
+def semantic(root: Path, seconds: float, repeats: int, seed: int, rounds: int = 8) -> list[Row]:
     """The torch semantic tokenizer and onnxruntime on the same file, clip and number of threads.
 
     Each runs in processes of its own, in turns, so that neither's waiting threads take the other's cores.
