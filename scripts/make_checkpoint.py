@@ -1,7 +1,7 @@
 """A checkpoint with random weights in the release's full layout: tiny for tests, full-size for benchmarks.
 
 `full` writes 1.2 GB for the tokenizer, 8.1 GB for tts and 264 GB for chat: choose with --only.
-Example: python scripts/make_checkpoint.py --preset tiny --out /tmp/tiny
+Example: python scripts/make_checkpoint.py --preset tiny --out out/tiny
 """
 
 from __future__ import annotations
