@@ -35,7 +35,7 @@ CENTROIDS_FILE = "linguistic_tokenizer.npy"
 _WHAT = "linguistic tokenizer"
 _PREFIX = "encoder."
 # What the code implements, by the names of config.yaml; the sizes are compared with the tensors.
-_FIXED = {
+IMPLEMENTED = {
     "encoder_conf": {
         "input_layer": "pe_online",
         "normalize_before": True,
@@ -230,8 +230,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(require_file(path, _WHAT).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is no valid YAML ({str(error).splitlines()[0]}): download it again") from None
-    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in _FIXED):
-        raise CheckpointError(f"{path} must hold named settings with {' and '.join(_FIXED)}: download it again")
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in IMPLEMENTED):
+        raise CheckpointError(f"{path} must hold named settings with {' and '.join(IMPLEMENTED)}: download it again")
     return settings
 
 
@@ -243,7 +243,7 @@ def _check_config(settings: Mapping[str, Any], sizes: SanmConfig, path: Path) ->
         "num_blocks": sizes.layers,
         "kernel_size": sizes.kernel,
     }
-    for section, fixed in _FIXED.items():
+    for section, fixed in IMPLEMENTED.items():
         expected = {**fixed, **(found_sizes if section == "encoder_conf" else {})}
         for name, value in settings.get(section, {}).items():
             if name in expected and value != expected[name]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from stepaudio.export.decoder_files import write_tensors
 from tokenizer.fbank import Cmvn
 from tokenizer.files import atomic_write
+from tokenizer.linguistic import IMPLEMENTED
 from tokenizer.onnx_export import write_semantic_onnx
 from tokenizer.sanm import SanmConfig
 
@@ -78,12 +79,9 @@ def _settings(config: SanmConfig) -> dict[str, object]:
             "dropout_rate": config.dropout,
             "positional_dropout_rate": config.dropout,
             "attention_dropout_rate": config.dropout,
-            "input_layer": "pe_online",
             "pos_enc_class": "SinusoidalPositionEncoder",
-            "normalize_before": True,
             "kernel_size": config.kernel,
-            "sanm_shfit": 0,
-            "selfattention_layer_type": "sanm",
+            **IMPLEMENTED["encoder_conf"],
             "chunk_size": [12, 15],
             "stride": [8, 10],
             "pad_left": [0, 0],
@@ -91,15 +89,7 @@ def _settings(config: SanmConfig) -> dict[str, object]:
             "decoder_att_look_back_factor": [1, 1],
         },
         "frontend": "WavFrontendOnline",
-        "frontend_conf": {
-            "fs": 16000,
-            "window": "hamming",
-            "n_mels": 80,
-            "frame_length": 25,
-            "frame_shift": 10,
-            "lfr_m": 7,
-            "lfr_n": 6,
-        },
+        "frontend_conf": IMPLEMENTED["frontend_conf"],
         "tokenizer": "CharTokenizer",
         "tokenizer_conf": {"unk_symbol": "<unk>", "split_with_space": True},
         "normalize": None,
