@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,11 +18,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from stepaudio.train.phones import available, phones
+from stepaudio.train.rooms import in_a_room
 from stepaudio.train.synth import Line, speak
+from stepaudio.train.text import plain
 from tokenizer.audio import TOKENIZER_RATE, Audio, read_audio, resample
 from tokenizer.errors import RequestError
 from tokenizer.files import make_folder
 
+logger = logging.getLogger(__name__)
 COPY = "~"  # between a speaker's name and the speed of a copy: a faster copy is another, higher voice
 
 
@@ -33,9 +38,10 @@ class Clip:
     text: str
     speaker: str
     language: str  # en or zh
-    split: str  # train or test
+    split: str  # train, noisy (for training as well, but only to listen to) or test
     start: int
     length: int
+    phones: str = ""  # what is said as phones, separated by spaces; empty where nothing is known of them
 
     @property
     def seconds(self) -> float:
@@ -83,6 +89,7 @@ class Source:
     file: str = ""
     line: Line | None = None
     speed: float = 1.0  # a file is played so much faster, pitch and all
+    room: int | None = None  # seed of a room with echoes and noise that it is heard in
 
 
 def recorded(folder: Path, prefix: str) -> Iterator[Source]:
@@ -102,8 +109,8 @@ def recorded(folder: Path, prefix: str) -> Iterator[Source]:
             )
 
 
-def load(source: Source) -> np.ndarray | None:
-    """Samples of a source as int16 at 16 kHz; None when a synthesiser refuses a line."""
+def load(source: Source) -> tuple[np.ndarray, str] | None:
+    """Samples of a source as int16 at 16 kHz, and its phones; None when a synthesiser refuses a line."""
     try:
         if source.line is not None:
             samples = speak(source.line)
@@ -115,23 +122,29 @@ def load(source: Source) -> np.ndarray | None:
         if source.line is None:
             raise
         return None
+    if source.room is not None:
+        samples = in_a_room(samples, source.room)
     peak = max(1e-4, float(np.abs(samples).max()))
-    return np.round(samples * min(1.0, 0.99 / peak) * 32767).astype(np.int16)
+    said = " ".join(phones(plain(source.text), source.language)) if source.text and available() else ""
+    return np.round(samples * min(1.0, 0.99 / peak) * 32767).astype(np.int16), said
 
 
 def write_corpus(folder: Path, sources: Iterable[Source], workers: int) -> Corpus:
     """Decodes or speaks every source with several processes and writes a corpus folder."""
+    if not available():
+        logger.warning("espeak-ng is not on the PATH: the clips have no phones, tokenizers will learn characters")
     make_folder(folder)
     sources = list(sources)
     clips: list[Clip] = []
     pieces: list[np.ndarray] = []
     start = 0
     with ProcessPoolExecutor(workers) as pool:
-        for source, samples in zip(sources, tqdm(pool.map(load, sources, chunksize=16), total=len(sources))):
-            if samples is None:
+        for source, loaded in zip(sources, tqdm(pool.map(load, sources, chunksize=16), total=len(sources))):
+            if loaded is None:
                 continue
+            samples, said = loaded
             clips.append(
-                Clip(source.id, source.text, source.speaker, source.language, source.split, start, len(samples))
+                Clip(source.id, source.text, source.speaker, source.language, source.split, start, len(samples), said)
             )
             pieces.append(samples)
             start += len(samples)

@@ -208,6 +208,10 @@ class Domain:
 
     def _unknown(self, rng: random.Random, language: str, split: str) -> Dialogue:
         entry = self.table["unknown"][language]
+        if split == "train" and rng.random() < 0.8:
+            words = {name: rng.choice(choices) for name, choices in entry["words"].items()}
+            asked = rng.choice(entry["patterns"]).format(**words)
+            return dialogue("unknown", language, asked, entry["answer"], entry["key"])
         return dialogue("unknown", language, wording(rng, entry["ask"], split), entry["answer"], entry["key"])
 
 

@@ -116,15 +116,20 @@ class Features:
     def length(self, index: int) -> int:
         return int(self.ends[index] - (self.ends[index - 1] if index else 0))
 
+    def spans(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Where clips begin in `data`, and how long they are."""
+        at = np.asarray(indices)
+        begin = np.where(at > 0, self.ends[at - 1], 0)
+        return begin, self.ends[at] - begin
+
     def gather(self, indices: Sequence[int], size: int, starts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """[B, size, D] float32, zero past a clip's end, and lengths [B]; `starts` are offsets into the clips."""
-        starts = starts or [0] * len(indices)
-        first = [int(self.ends[index]) - self.length(index) + start for index, start in zip(indices, starts)]
-        lengths = [min(size, self.length(index) - start) for index, start in zip(indices, starts)]
+        offset = np.asarray([0] * len(indices) if starts is None else starts)
+        begin, length = self.spans(indices)
         device = self.data.device
         position = torch.arange(size, device=device)
-        count = torch.tensor(lengths, device=device)
-        where = torch.tensor(first, device=device)[:, None] + position.minimum(count[:, None] - 1).clamp(min=0)
+        first, count = sent(np.stack([begin + offset, np.minimum(size, length - offset)]), device)
+        where = first[:, None] + position.minimum(count[:, None] - 1).clamp(min=0)
         valid = position < count[:, None]
         return self.data[where].float() * valid[..., None], count
 
@@ -136,10 +141,14 @@ class Features:
     def repeat(self, indices: Sequence[int], size: int, starts: Sequence[int]) -> Tensor:
         """[B, size, D] float32 from offsets into the clips; a clip that ends begins again."""
         device = self.data.device
-        length = torch.tensor([self.length(index) for index in indices], device=device)[:, None]
-        end = torch.tensor([int(self.ends[index]) for index in indices], device=device)[:, None]
-        position = (torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device)) % length
-        return self.data[end - length + position].float()
+        begin, length, start = sent(np.stack([*self.spans(indices), np.asarray(starts)]), device)[..., None]
+        return self.data[begin + (start + torch.arange(size, device=device)) % length].float()
+
+
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers on the device, without waiting for what it is busy with."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def length_batches(

@@ -1,6 +1,7 @@
 """The two tokenizers of a new checkpoint: encoders that learn to recognise speech through their codebook.
 
-Both train on CTC over characters; the semantic one also rebuilds its log-mel. After a share of the steps
+Both train on CTC over phones (over characters where a corpus has no phones); the semantic one also rebuilds its
+log-mel. After a share of the steps
 the codebook comes between encoder and heads, so what is learnt is what survives quantisation.
 Shapes: B clips, T rows or frames, S codes, D width.
 """
@@ -14,16 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepaudio.checkpoints import ASR_DIR, TOKENIZER_DIR
 from stepaudio.export.tokenizer_files import write_linguistic, write_semantic
-from stepaudio.train.data import Corpus
-from stepaudio.train.features import RATES, Features, length_batches
+from stepaudio.train.data import Clip, Corpus
+from stepaudio.train.features import RATES, Features, length_batches, sent
 from stepaudio.train.loop import LoopConfig, Optimise, Stage
-from stepaudio.train.text import Characters, error_rate
+from stepaudio.train.replay import Replayed
+from stepaudio.train.text import Symbols, edits, plain
 from stepaudio.train.vq import RunningCodebook
 from tokenizer.fbank import NUM_MELS, Cmvn
 from tokenizer.files import make_folder
@@ -44,6 +47,12 @@ class ListenConfig:
     reconstruction: float = 0.0
     seconds_per_batch: float = 240.0
     hidden_masks: int = 2  # spans of time and of frequency hidden from each clip
+    graphs: bool = True  # on a CUDA device, run the encoder as captured graphs
+
+
+def spoken(clip: Clip) -> list[str]:
+    """What a clip says, as the tokenizers learn it: its phones, or the characters of its text."""
+    return clip.phones.split() or list(plain(clip.text))
 
 
 class ListenStage(Stage):
@@ -57,21 +66,27 @@ class ListenStage(Stage):
         self.corpus = Corpus.open(folder)
         self.features = Features.open(folder, self.kind, device)
         self.clips = self.corpus.clips
-        self.train = [i for i, c in enumerate(self.clips) if c.split == "train" and c.text]
-        self.characters = Characters.of(self.clips[i].text for i in self.train)
+        self.train = [i for i, c in enumerate(self.clips) if c.split in ("train", "noisy") and c.text]
+        self.symbols = Symbols.of(spoken(self.clips[i]) for i in self.train)
+        self.targets = [np.asarray(self.symbols.encode(spoken(clip))) for clip in self.clips]
         self.device = device
         self.encoder = self.make_encoder()
         width = self.encoder.config.size if self.kind == "rows" else self.encoder.config.width
         self.codebook = RunningCodebook(config.codes, width, cosine=self.kind == "log_mel")
-        self.head = nn.Linear(width, self.steps_per_code * len(self.characters))
+        self.head = nn.Linear(width, self.steps_per_code * len(self.symbols))
+        self.replayed = Replayed(self.hearing(), config.graphs)
 
     @abstractmethod
     def make_encoder(self) -> nn.Module:
         """The encoder of this stage at the configured size."""
 
     @abstractmethod
-    def encode(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, T, F] -> vectors [B, S, D] and their counts [B]."""
+    def hearing(self) -> nn.Module:
+        """Features [B, T, F] and lengths [B] -> vectors [B, S, D]."""
+
+    @abstractmethod
+    def counts(self, lengths: Tensor) -> Tensor:
+        """Vectors of so many frames, [B] -> [B]."""
 
     def models(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, "codebook": self.codebook, "head": self.head}
@@ -91,21 +106,20 @@ class ListenStage(Stage):
         indices, seconds = batch
         share = optimise.share
         x, lengths = self.take(indices, seconds)
-        vectors, counts = self.encode(self.hide(x), lengths)
-        vectors = vectors.float()
+        vectors = self.replayed(self.hide(x), lengths.clamp(min=1)).float()
         metrics: dict[str, float | Tensor] = {}
         loss = torch.zeros((), device=x.device)
         if share >= self.config.quantise_from:
-            valid = torch.arange(vectors.shape[1], device=x.device) < counts[:, None]
-            quantised, commitment, found = self.codebook(vectors[valid], share < self.config.restart_until)
-            vectors = vectors.clone()
-            vectors[valid] = quantised
+            valid = torch.arange(vectors.shape[1], device=x.device) < self.counts(lengths)[:, None]
+            flat, commitment = self.codebook(
+                vectors.flatten(0, 1), valid.flatten(), restart=share < self.config.restart_until
+            )
+            vectors = flat.view(vectors.shape)
             loss = loss + self.config.commitment * commitment
-            metrics["commitment"] = commitment.detach()
-            metrics["used"] = found.unique().numel()
+            metrics |= {"commitment": commitment.detach(), "used": self.codebook.used}
         elif self.codebook.cosine:
             vectors = F.normalize(vectors, dim=-1)
-        ctc = self.ctc(vectors, counts, [self.clips[i].text for i in indices])
+        ctc = self.ctc(vectors, indices)
         loss = loss + ctc
         metrics["ctc"] = ctc.detach()
         loss, metrics = self.also(loss, metrics, vectors, x, lengths)
@@ -138,45 +152,53 @@ class ListenStage(Stage):
             vectors = vectors * vectors.shape[-1] ** 0.5  # unit vectors would move the head too slowly
         return self.head(vectors).unflatten(-1, (self.steps_per_code, -1)).flatten(1, 2).float().log_softmax(-1)
 
-    def ctc(self, vectors: Tensor, counts: Tensor, texts: list[str]) -> Tensor:
-        targets = [torch.tensor(self.characters.encode(text)) for text in texts]
-        sizes = torch.tensor([len(target) for target in targets], device=self.device)
+    def ctc(self, vectors: Tensor, indices: list[int]) -> Tensor:
+        """Mean over the phones of a batch. All lengths are known on the host, so that it need not ask the device."""
+        targets = [self.targets[index] for index in indices]
+        sizes = torch.tensor([len(target) for target in targets])
+        padded = np.zeros((len(targets), max(1, int(sizes.max()))), np.int64)
+        for row, target in zip(padded, targets):
+            row[: len(target)] = target
+        frames = torch.from_numpy(self.features.spans(indices)[1])
+        counts = self.counts(frames.clamp(min=1)).clamp(max=vectors.shape[1])
         losses = F.ctc_loss(
             self.logits(vectors).transpose(0, 1),
-            torch.cat(targets).to(self.device),
+            sent(padded, self.device),
             counts * self.steps_per_code,
             sizes,
             reduction="none",
             zero_infinity=True,
         )
-        return losses.sum() / sizes.sum()
+        return losses.sum() / int(sizes.sum())
 
     @torch.inference_mode()
-    def recognise(self, indices: list[int], quantise: bool = True) -> list[str]:
-        """Greedy texts of clips, read from their codes."""
-        texts = []
+    def recognise(self, indices: list[int], quantise: bool = True) -> list[list[str]]:
+        """Greedy phones of clips, read from their codes."""
+        found = []
         for begin in range(0, len(indices), 32):
             part = indices[begin : begin + 32]
             x, lengths = self.take(part, max(self.clips[i].seconds for i in part) + 0.1)
-            vectors, counts = self.encode(x, lengths)
+            vectors = self.replayed.module(x, lengths.clamp(min=1))
             if quantise:
                 vectors = self.codebook.codes[self.codebook.nearest(vectors.float().flatten(0, 1))].view(vectors.shape)
             best = self.logits(vectors.float()).argmax(-1).cpu()
-            texts += [
-                self.characters.decode(row[: int(n) * self.steps_per_code].tolist()) for row, n in zip(best, counts)
-            ]
-        return texts
+            counts = self.counts(lengths) * self.steps_per_code
+            found += [self.symbols.decode(row[:n].tolist()) for row, n in zip(best, counts.tolist())]
+        return found
 
     def scores(self) -> dict[str, float]:
-        """Error rate per group of test clips, read from the codes."""
+        """Phone error rate per group of test clips, read from the codes."""
         groups: dict[str, list[int]] = {}
         for index, clip in enumerate(self.clips):
             if clip.split == "test" and clip.text:
                 groups.setdefault(f"{clip.speaker.split('/')[0]} {clip.language}", []).append(index)
-        return {
-            name: round(error_rate(zip(self.recognise(members), [self.clips[i].text for i in members])), 4)
-            for name, members in groups.items()
-        }
+        return {name: round(self.error(members), 4) for name, members in groups.items()}
+
+    def error(self, members: list[int]) -> float:
+        """Edits over all phones of clips."""
+        true = [spoken(self.clips[i]) for i in members]
+        wrong = sum(edits(found, wanted) for found, wanted in zip(self.recognise(members), true))
+        return wrong / max(1, sum(map(len, true)))
 
     def finish(self, out: Path) -> None:
         self.export(make_folder(out / TOKENIZER_DIR))
@@ -185,6 +207,17 @@ class ListenStage(Stage):
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Writes the release's files of this tokenizer."""
+
+
+class _Hearing(nn.Module):
+    """The semantic encoder with time before features, and without the lengths of its result."""
+
+    def __init__(self, encoder: SemanticEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.encoder(x.transpose(1, 2), lengths)[0]
 
 
 class LinguisticStage(ListenStage):
@@ -207,13 +240,16 @@ class LinguisticStage(ListenStage):
         valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         return (x + self.shift) * self.scale * valid[..., None], lengths
 
-    def encode(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder(x, lengths), lengths
+    def hearing(self) -> SanmEncoder:
+        return self.encoder
+
+    def counts(self, lengths: Tensor) -> Tensor:
+        return lengths
 
     def export(self, folder: Path) -> None:
         state = {name: value.half().cpu() for name, value in self.encoder.state_dict().items()}
         write_linguistic(
-            folder, ASR_DIR, self.encoder.config, state, self.cmvn, self.codebook.codes, {}, self.characters.characters
+            folder, ASR_DIR, self.encoder.config, state, self.cmvn, self.codebook.codes, {}, self.symbols.symbols
         )
 
 
@@ -236,10 +272,13 @@ class SemanticStage(ListenStage):
     def make_encoder(self) -> SemanticEncoder:
         return SemanticEncoder(SemanticConfig(**self.config.model))
 
-    def encode(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, counts = self.encoder(x.transpose(1, 2), lengths.clamp(min=1))
-        assert counts is not None
-        return hidden, counts
+    def hearing(self) -> nn.Module:
+        return _Hearing(self.encoder)
+
+    def counts(self, lengths: Tensor) -> Tensor:
+        for conv in (self.encoder.encoder.conv1, self.encoder.encoder.conv2):
+            lengths = conv.count(lengths)
+        return lengths
 
     def also(
         self, loss: Tensor, metrics: dict[str, float | Tensor], vectors: Tensor, x: Tensor, lengths: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from stepaudio.export.lm_files import whole, write_lm_config, write_shards
 from stepaudio.lm.geometry import Geometry
 from stepaudio.lm.modeling import Step1Config, Step1ForCausalLM
+from stepaudio.train.graphed import GraphedStep
 from stepaudio.train.loop import LoopConfig, Optimise, Stage
 from stepaudio.train.sequences import Example, Sequences
+
+_IGNORED = -100  # a target that is not predicted
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,15 @@ class LmConfig:
     mix: dict[str, float] = field(default_factory=lambda: {"asr": 0.34, "tts": 0.44, "spoken": 0.14, "text": 0.08})
     noise: dict[str, float] = field(default_factory=lambda: {"asr": 0.06, "tts": 0.03})
     recorded_share: float = 0.35  # of the recognition examples, recordings; a synthesiser spoke the others
+    dropout: float = 0.1  # after attention and feed-forward, while training
+    graphs: bool = True  # on a CUDA device, run steps as captured graphs
     workers: int = 8
     shard_bytes: int = 14_000_000
 
 
 Batch = tuple[Tensor, Tensor]  # ids [B, S] and wanted [B, S]
-_POOL = 3  # batches made at once, so that examples of like length share one
+_POOL = 6  # batches made at once, so that examples of like length share one
+_GRID = 64  # lengths are rounded up to a multiple of it, so that few shapes occur
 
 
 class Pools(Dataset):
@@ -52,27 +59,33 @@ class Pools(Dataset):
         rng = np.random.default_rng((self.config.loop.seed, number))
         pool: list[Example] = []
         tasks, shares = list(self.config.mix), np.asarray(list(self.config.mix.values()))
-        while sum(len(one.ids) for one in pool) < _POOL * self.config.tokens_per_batch:
+        missing = (_POOL + 1) * self.config.tokens_per_batch
+        while missing > 0:
             one = self.sequences.draw(rng, str(rng.choice(tasks, p=shares / shares.sum())))
             if len(one.ids) <= self.config.longest:
                 pool.append(one)
-        pool.sort(key=lambda one: len(one.ids))
-        cuts = self._cut(pool)
-        return [collate(cuts[at]) for at in rng.permutation(len(cuts))[:_POOL]]
+                missing -= len(one.ids)
+        pool.sort(key=lambda one: -len(one.ids))
+        cuts = list(self._cut(pool))
+        return [collate(cuts[at % len(cuts)]) for at in rng.permutation(max(_POOL, len(cuts)))[:_POOL]]
 
-    def _cut(self, pool: list[Example]) -> list[list[Example]]:
-        """A sorted pool in runs whose padded size fits the batch."""
-        cuts: list[list[Example]] = [[]]
-        for one in pool:
-            if (len(cuts[-1]) + 1) * len(one.ids) > self.config.tokens_per_batch:
-                cuts.append([])
-            cuts[-1].append(one)
-        return cuts
+    def _cut(self, pool: list[Example]) -> Iterator[list[Example]]:
+        """A pool, longest first, in full batches: as many rows as the padded length always has."""
+        first = 0
+        while first < len(pool):
+            rows = max(1, self.config.tokens_per_batch // _padded(pool[first]))
+            if first == 0 or first + rows <= len(pool):
+                yield pool[first : first + rows]
+            first += rows
 
 
-def collate(examples: list[Example], multiple: int = 64) -> Batch:
-    """Right-padded ids and mask; the length is rounded up so that few shapes occur."""
-    size = -(-max(len(one.ids) for one in examples) // multiple) * multiple
+def _padded(example: Example) -> int:
+    return -(-len(example.ids) // _GRID) * _GRID
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Right-padded ids and mask."""
+    size = max(map(_padded, examples))
     ids = np.zeros((len(examples), size), np.int64)
     wanted = np.zeros((len(examples), size), bool)
     for row, one in enumerate(examples):
@@ -89,11 +102,15 @@ class LmStage(Stage):
     ) -> None:
         self.config, self.sequences, self.device, self.export = config, sequences, device, export
         vocab = sequences.vocab
+        self._graphed = GraphedStep(device, config.graphs)
         self.geometry = Geometry(vocab_size=vocab.size, **config.model)
         torch.manual_seed(config.loop.seed)
         self.model = Step1ForCausalLM(
             Step1Config(**vars(self.geometry), bos_token_id=vocab.bos, eos_token_id=vocab.eot, alibi_dtype="bfloat16")
         )
+        for layer in self.model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                part.register_forward_hook(self._drop)
 
     def models(self) -> dict[str, nn.Module]:
         return {"lm": self.model}
@@ -115,19 +132,23 @@ class LmStage(Stage):
             yield from pool
 
     def update(self, batch: Batch, step: int, optimise: Optimise) -> dict[str, float | Tensor]:
-        ids, wanted = (value.to(self.device, non_blocking=True) for value in batch)
+        return self._graphed(partial(self._learn, optimise), *batch)
+
+    def _drop(self, part: nn.Module, _: Any, output: Tensor) -> Tensor:
+        return F.dropout(output, self.config.dropout, part.training)
+
+    def _learn(self, optimise: Optimise, ids: Tensor, wanted: Tensor) -> dict[str, float | Tensor]:
         hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        target = ids[:, 1:][wanted[:, 1:]]
-        logits = self.model.lm_head(hidden[wanted[:, 1:]]).float()
-        loss = F.cross_entropy(logits, target)
+        target = ids[:, 1:].masked_fill(~wanted[:, 1:], _IGNORED).flatten()
+        logits = self.model.lm_head(hidden).flatten(0, 1).float()
+        loss = F.cross_entropy(logits, target, ignore_index=_IGNORED)
         optimise("all", loss)
-        audio = target >= self.sequences.vocab.audio_base
-        right = (logits.argmax(-1) == target).float()
-        text = right[~audio]
+        audio, said = target >= self.sequences.vocab.audio_base, target != _IGNORED
+        right = logits.argmax(-1) == target
         return {
             "loss": loss.detach(),
-            "audio_right": right[audio].mean() if audio.any() else float("nan"),
-            "text_right": text.mean() if len(text) else float("nan"),
+            "audio_right": (right & audio).sum() / audio.sum(),
+            "text_right": (right & said & ~audio).sum() / (said & ~audio).sum(),
         }
 
     def finish(self, out: Path) -> None:

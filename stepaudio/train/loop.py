@@ -22,6 +22,8 @@ from tqdm import tqdm
 from tokenizer.errors import RequestError
 from tokenizer.files import atomic_write, make_folder
 
+LOG_BLOCK = 50  # steps between looks at what the device says
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -67,37 +69,47 @@ class Stage(ABC):
 
 
 class Optimise:
-    """`optimise(name, loss)`: backward, check, clip, step. `share` is how much of the training is over, 0 to 1."""
+    """`optimise(name, loss)`: backward, check, clip, step. `share` is how much of the training is over, 0 to 1.
 
-    def __init__(self, stage: Stage, config: LoopConfig) -> None:
+    Nothing in a call waits for the device, so that a stage may capture its whole step as one graph.
+    """
+
+    def __init__(self, stage: Stage, config: LoopConfig, device: torch.device) -> None:
         self.config = config
         self.parameters = stage.optimised()
         self.optimisers = {
             name: torch.optim.AdamW(
-                parameters, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+                parameters,
+                lr=torch.tensor(config.rate, device=device),
+                betas=config.betas,
+                weight_decay=config.weight_decay,
+                fused=True,
+                capturable=device.type == "cuda",
             )
             for name, parameters in self.parameters.items()
         }
-        self.bad = 0  # non-finite gradients in a row
         self.share = 0.0
+        self._bad = torch.zeros((), device=device)  # non-finite gradients in a row
 
     def __call__(self, name: str, loss: Tensor) -> None:
         optimiser = self.optimisers[name]
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters[name], self.config.clip)
-        if not torch.isfinite(norm):
-            self.bad += 1
-            if self.bad > 5:
-                raise RequestError(f"{name}: the gradient is not finite 6 times in a row: lower the learning rate")
-            return
-        self.bad = 0
+        broken = (~torch.isfinite(norm)).float()
+        self._bad.copy_((self._bad + 1) * broken)
+        optimiser.found_inf = broken  # the fused step leaves weights and moments as they are if it is 1
         optimiser.step()
+
+    def check(self) -> None:
+        """Raises RequestError when training has gone wrong; waits for the device."""
+        if self._bad.item() > 5:
+            raise RequestError("the gradient is not finite 6 times in a row: lower the learning rate")
 
     def set_rate(self, rate: float) -> None:
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"].fill_(rate)
 
 
 def rate_at(share: float, config: LoopConfig) -> float:
@@ -137,7 +149,7 @@ def fit(stage: Stage, config: LoopConfig, out: Path, device: torch.device, minut
     torch.manual_seed(config.seed)
     for model in stage.models().values():
         model.to(device).train()
-    optimise = Optimise(stage, config)
+    optimise = Optimise(stage, config, device)
     step, seconds = _resume(stage, optimise, out / "state.pt", device)
     progress = Progress(step, seconds, config.steps, minutes)
     _train(stage, optimise, progress, out, device)
@@ -151,8 +163,11 @@ def fit(stage: Stage, config: LoopConfig, out: Path, device: torch.device, minut
 
 def _train(stage: Stage, optimise: Optimise, progress: Progress, out: Path, device: torch.device) -> None:
     config = optimise.config
-    saved = time.monotonic()
-    with open(out / "log.jsonl", "a", encoding="utf-8") as log, tqdm(total=config.steps, initial=progress.step) as bar:
+    saved, first, began = time.monotonic(), progress.step, time.monotonic()
+    with (
+        Log(out / "log.jsonl") as log,
+        tqdm(total=config.steps, initial=progress.step, mininterval=2.0) as bar,
+    ):
         for batch in stage.batches(progress.step):
             optimise.share = progress.share
             if optimise.share >= 1:
@@ -163,19 +178,44 @@ def _train(stage: Stage, optimise: Optimise, progress: Progress, out: Path, devi
                 metrics = stage.update(batch, progress.step, optimise)
             progress.step += 1
             bar.update()
-            if progress.step % 10 == 0 or progress.step == config.steps:
-                line = {"step": progress.step, "seconds": round(progress.seconds, 1), "rate": rate, **_finite(metrics)}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+            log.add(progress.step, progress.seconds, rate, metrics)
+            if progress.step % LOG_BLOCK == 0 or progress.step == config.steps:
+                log.write()
+                optimise.check()
             if time.monotonic() - saved > config.save_seconds:
                 _save(stage, optimise, progress, out / "state.pt")
                 saved = time.monotonic()
+    if progress.step > first:
+        print(f"{progress.step - first} steps, {(progress.step - first) / (time.monotonic() - began):.1f} a second")
 
 
-def _finite(metrics: dict[str, float | Tensor]) -> dict[str, float]:
-    """Rounded numbers; one that a batch has nothing to say about (NaN) is left out."""
-    values = {name: float(value) for name, value in metrics.items()}
-    return {name: round(value, 5) for name, value in values.items() if math.isfinite(value)}
+class Log:
+    """A JSON line per step, written in blocks, since to read a number from a device is to wait for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[tuple[dict[str, float], dict[str, float | Tensor]]] = []
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.write()
+
+    def add(self, step: int, seconds: float, rate: float, metrics: dict[str, float | Tensor]) -> None:
+        """`metrics` may lie on a device; they must not change afterwards."""
+        self._rows.append(({"step": step, "seconds": round(seconds, 2), "rate": rate}, metrics))
+
+    def write(self) -> None:
+        """A number that is not finite, which a batch has nothing to say about, is left out."""
+        values = [value for _, metrics in self._rows for value in metrics.values() if isinstance(value, Tensor)]
+        read = iter(torch.stack([value.float() for value in values]).tolist() if values else ())
+        with open(self._path, "a", encoding="utf-8") as file:
+            for head, metrics in self._rows:
+                numbers = {name: next(read) if isinstance(value, Tensor) else value for name, value in metrics.items()}
+                kept = {name: round(value, 5) for name, value in numbers.items() if math.isfinite(value)}
+                file.write(json.dumps(head | kept) + "\n")
+        self._rows.clear()
 
 
 def _save(stage: Stage, optimise: Optimise, progress: Progress, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from stepaudio.train.data import COPY, Corpus, Source, recorded, write_corpus
-from stepaudio.train.domain import Dialogue, Domain, Turn
+from stepaudio.train.domain import Dialogue, Domain, Turn, number
 from stepaudio.train.synth import Line
 from stepaudio.train.text import plain
 from tokenizer.files import make_folder
@@ -54,15 +54,25 @@ class NanoData:
         """Every distinct sentence of the dialogues, and open text, each by a drawn voice."""
         rng = random.Random(self.settings["seed"] + 1)
         seen: set[tuple[str, str]] = set()
+        known: dict[str, list[str]] = {language: [] for language in self.settings["voices"]}
         for spoken in dialogues:
             for turn in spoken.dialogue.turns:
                 key = (turn.text, spoken.split)
                 if turn.call or turn.role == "tool" or key in seen:
                     continue
                 seen.add(key)
+                if spoken.split == "train":
+                    known[spoken.dialogue.language].append(turn.text)
                 yield from self._speak(rng, turn.text, spoken.dialogue.language, spoken.split, turn.role)
-        for text, language in rng.sample(open_texts, min(len(open_texts), self.settings["open_lines"])):
+        short = [(text, language) for text, language in open_texts if len(text) <= self.settings["longest_open"]]
+        for text, language in rng.sample(short, min(len(short), self.settings["open_lines"])):
             yield from self._speak(rng, text, language, "train", "open")
+            known[language].append(text)
+        for _ in range(self.settings["alphabet_lines"]):
+            yield from self._speak(rng, alphabet(rng), "en", "train", "open")
+        for language, texts in known.items():
+            for _ in range(self.settings["spliced_lines"][language]):
+                yield from self._speak(rng, splice(rng, texts, language), language, "train", "open")
 
     def _speak(self, rng: random.Random, text: str, language: str, split: str, role: str) -> Iterator[Source]:
         if split == "test":
@@ -70,8 +80,11 @@ class NanoData:
             yield source(f"test-{role}", text, language, "test", Line(text, named))
             yield source(f"held-{role}", text, language, "test", Line(text, self.settings["held_out"][language]))
             return
-        for _ in range(2 if len(plain(text)) < 40 else 1):
-            yield source(f"train-{role}", text, language, "train", self._line(rng, text, language))
+        for _ in range(2 if role != "open" and len(plain(text)) < 40 else 1):
+            line = self._line(rng, text, language)
+            yield source(f"train-{role}", text, language, "train", line)
+            if rng.random() < self.settings["noisy_share"]:
+                yield noisy(source(f"train-{role}", text, language, "train", line), rng.randrange(2**31))
 
     def _line(self, rng: random.Random, text: str, language: str) -> Line:
         if rng.random() < self.settings["named_share"]:
@@ -92,7 +105,10 @@ class NanoData:
                 one = replace(one, split="test") if rng.random() < share else one
                 yield one
                 if one.split == "train":
-                    yield from (at_speed(one, speed) for speed in self.settings["copies"].get(name, ()))
+                    copies = [at_speed(one, speed) for speed in self.settings["copies"].get(name, ())]
+                    yield from copies
+                    for _ in range(self.settings["noisy_copies"].get(name, 0)):
+                        yield noisy(rng.choice([one, *copies]), rng.randrange(2**31))
 
 
 def source(kind: str, text: str, language: str, split: str, line: Line) -> Source:
@@ -105,6 +121,41 @@ def at_speed(one: Source, speed: float) -> Source:
     """A copy of a recording that is played faster."""
     mark = f"{COPY}{speed:g}"
     return replace(one, id=one.id + mark, speaker=one.speaker + mark, speed=speed)
+
+
+def noisy(one: Source, seed: int) -> Source:
+    """The same speech heard in a room, for the parts that listen."""
+    return replace(one, id=f"{one.id}{COPY}room{seed}", split="noisy", room=seed)
+
+
+def splice(rng: random.Random, texts: list[str], language: str) -> str:
+    """The head of one sentence and the tail of another: known words in an order that nobody expects."""
+    first, second = (plain(rng.choice(texts)) for _ in range(2))
+    if language == "zh":
+        return first[: rng.randint(1, max(1, len(first) - 1))] + second[rng.randint(0, len(second) // 2) :]
+    first_words, second_words = first.split(), second.split()
+    head = first_words[: rng.randint(1, min(6, max(1, len(first_words) - 1)))]
+    return " ".join(head + second_words[-rng.randint(1, min(6, len(second_words))) :])
+
+
+def alphabet(rng: random.Random) -> str:
+    """Letters, digits, numbers and dates as people dictate them."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return " ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7)))
+    if kind == 1:
+        return " ".join(number(rng.randint(0, 9), "en") for _ in range(rng.randint(2, 7)))
+    if kind == 2:
+        letters = rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 4))
+        return " ".join([*letters, *(number(rng.randint(0, 99), "en") for _ in range(rng.randint(1, 3)))])
+    month, day, year = rng.choice(MONTHS), rng.choice(DAYS), rng.randint(10, 99)
+    return f"{month} {day} nineteen {number(year, 'en')}"
+
+
+MONTHS = "january february march april may june july august september october november december".split()  # noqa: SIM905
+DAYS = """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth
+fifteenth sixteenth seventeenth eighteenth nineteenth twentieth thirtieth""".split()  # noqa: SIM905
+DAYS += [f"twenty {day}" for day in DAYS[:9]] + ["thirty first"]
 
 
 def build(data: NanoData, speech: Path, folder: Path, workers: int) -> Corpus:

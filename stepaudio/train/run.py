@@ -25,6 +25,7 @@ from stepaudio.export.vocabulary import write_vocabulary
 from stepaudio.lm.vocab import Vocab
 from stepaudio.train.codes import Codes, write_codes
 from stepaudio.train.data import Corpus
+from stepaudio.train.domain import Domain
 from stepaudio.train.features import write_features
 from stepaudio.train.flow import FlowStage, FlowStageConfig
 from stepaudio.train.listen import LinguisticStage, ListenConfig, SemanticStage
@@ -197,6 +198,7 @@ def lm(job: Job) -> None:
         voices,
         config.noise,
         config.recorded_share,
+        Domain.from_file(job.configs / "domain.yaml"),
     )
 
     def export(stage: LmStage, _: Path) -> None:

@@ -7,6 +7,7 @@ that the model has to predict.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from stepaudio.chat.tools import Toolbox, ToolFormat
 from stepaudio.lm.vocab import Vocab
 from stepaudio.train.codes import Codes
 from stepaudio.train.data import Clip
-from stepaudio.train.domain import Dialogue
+from stepaudio.train.domain import Dialogue, Domain
 from stepaudio.train.nano_tools import nano_tools
 from stepaudio.train.text import is_chinese, plain
 from stepaudio.tts.prompt import build_prompt
@@ -62,20 +63,25 @@ class Sequences:
         voices: Voices,
         noise: dict[str, float],
         recorded_share: float = 0.0,
+        domain: Domain | None = None,
     ) -> None:
-        """`noise` is the share of codes replaced per task, `recorded_share` that of recordings among `asr` examples."""
+        """`noise` is the share of codes replaced per task, `recorded_share` that of recordings among `asr` examples.
+
+        With a `domain` the `text` dialogues are drawn anew each time, else they are the `dialogues` as well.
+        """
+        self.domain = domain
         self.vocab, self.clips, self.codes, self.voices = vocab, clips, codes, voices
         self.dialogues = list(dialogues)
         self.noise, self.recorded_share = noise, recorded_share
-        usable = [i for i, clip in enumerate(clips) if clip.split == "train" and len(codes[i]) >= LAYOUT.group]
-        self.spoken = [i for i in usable if clips[i].text and clips[i].seconds <= 14]
+        self.spoken = [i for i, clip in enumerate(clips) if self._usable(clip, codes[i])]
         self.by_text: dict[str, list[int]] = {}
         self.by_speaker: dict[str, list[int]] = {}
         for i in self.spoken:
             self.by_text.setdefault(clips[i].text, []).append(i)
-            self.by_speaker.setdefault(self._prompt_speaker(i), []).append(i)
+            if clips[i].split == "train":
+                self.by_speaker.setdefault(self._prompt_speaker(i), []).append(i)
         self.recorded = [i for i in self.spoken if "@" not in clips[i].speaker]
-        self.tts_clips = [i for i in self.spoken if clips[i].seconds <= 9]
+        self.tts_clips = [i for i in self.spoken if clips[i].seconds <= 9 and clips[i].split == "train"]
 
     def draw(self, rng: np.random.Generator, task: str) -> Example:
         """One example of `asr`, `tts`, `spoken` or `text`."""
@@ -84,7 +90,15 @@ class Sequences:
             return self.asr(rng, pool[rng.integers(len(pool))])
         if task == "tts":
             return self.tts(rng, self.tts_clips[rng.integers(len(self.tts_clips))])
+        if task == "text" and self.domain is not None:
+            return self.dialogue(rng, self.domain.draw(random.Random(int(rng.integers(2**31))), "train"), spoken=False)
         return self.dialogue(rng, self.dialogues[rng.integers(len(self.dialogues))], spoken=task == "spoken")
+
+    @staticmethod
+    def _usable(clip: Clip, codes: AudioCodes) -> bool:
+        """Whether a clip may be heard in training."""
+        told = clip.text and clip.seconds <= 14 and len(codes) >= LAYOUT.group
+        return bool(told) and clip.split in ("train", "noisy")
 
     def asr(self, rng: np.random.Generator, index: int) -> Example:
         """System prompt, speech, its text."""

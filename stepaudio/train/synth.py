@@ -1,7 +1,7 @@
 """Teacher speech with exact text from the synthesisers of the system: flite, festival and espeak-ng.
 
 A voice is written `program:name`, for example `flite:rms`, `festival:cmu_us_slt_arctic_hts`,
-`espeak:cmn+f2`. The programs come from Debian packages of the same names and must be on the PATH.
+`espeak:cmn-latn-pinyin+f2`. The programs come from Debian packages of the same names and must be on the PATH.
 """
 
 from __future__ import annotations

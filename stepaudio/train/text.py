@@ -44,24 +44,24 @@ def error_rate(pairs: Iterable[tuple[str, str]]) -> float:
     return wrong / max(1, total)
 
 
-class Characters:
-    """CTC classes: 0 is the blank, then every character of the training texts."""
+class Symbols:
+    """CTC classes: 0 is the blank, then every symbol of the training material."""
 
-    def __init__(self, characters: Sequence[str]) -> None:
-        self.characters = list(characters)
-        self.index = {c: i + 1 for i, c in enumerate(self.characters)}
+    def __init__(self, symbols: Sequence[str]) -> None:
+        self.symbols = list(symbols)
+        self.index = {symbol: i + 1 for i, symbol in enumerate(self.symbols)}
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Characters:
-        return cls(sorted({c for text in texts for c in plain(text)}))
+    def of(cls, said: Iterable[Sequence[str]]) -> Symbols:
+        return cls(sorted({symbol for one in said for symbol in one}))
 
     def __len__(self) -> int:
-        return len(self.characters) + 1
+        return len(self.symbols) + 1
 
-    def encode(self, text: str) -> list[int]:
-        return [self.index[c] for c in plain(text) if c in self.index]
+    def encode(self, said: Sequence[str]) -> list[int]:
+        return [self.index[symbol] for symbol in said if symbol in self.index]
 
-    def decode(self, best: Sequence[int]) -> str:
+    def decode(self, best: Sequence[int]) -> list[str]:
         """Greedy CTC: repeats merge, blanks vanish."""
         kept = [b for a, b in zip([0, *best], best) if b and b != a]
-        return "".join(self.characters[i - 1] for i in kept)
+        return [self.symbols[i - 1] for i in kept]

@@ -19,6 +19,7 @@ class RunningCodebook(nn.Module):
         super().__init__()
         self.cosine = cosine
         self.decay = decay
+        self._started = False
         self.codes: Tensor
         self.register_buffer("codes", torch.zeros(size, width))
         self.register_buffer("wins", torch.ones(size))
@@ -31,18 +32,30 @@ class RunningCodebook(nn.Module):
             vectors = F.normalize(vectors, dim=-1)
         return (vectors @ self.codes.T - 0.5 * self.codes.square().sum(dim=1)).argmax(dim=1)
 
-    def forward(self, vectors: Tensor, restart: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, D] -> quantised with a straight-through gradient, commitment loss, codes [N]."""
+    def forward(self, vectors: Tensor, valid: Tensor, restart: bool = True) -> tuple[Tensor, Tensor]:
+        """[N, D] and bool [N] -> quantised with a straight-through gradient, commitment loss.
+
+        Vectors that are not valid are quantised too, but neither move a code nor count in the loss.
+        Nothing here waits for the device, but for the first call, which finds the first codes.
+        """
         vectors = vectors.float()
         target = F.normalize(vectors, dim=-1) if self.cosine else vectors
-        if not self.ready:
-            self.start(target.detach())
-        found = self.nearest(target)
+        if not self._started:
+            if not self.ready:
+                self.start(target.detach()[valid])
+            self._started = True
+        found = self.nearest(target.detach())
         quantised = self.codes[found]
         if self.training:
-            self._move(target.detach(), found, restart)
-        loss = F.mse_loss(target, quantised) * (target.shape[-1] if self.cosine else 1.0)
-        return target + (quantised - target).detach(), loss, found
+            self._move(target.detach(), found, valid.float(), restart)
+        squares = (target - quantised).square().mean(dim=-1) * valid
+        loss = squares.sum() / valid.sum() * (target.shape[-1] if self.cosine else 1.0)
+        return target + (quantised - target).detach(), loss
+
+    @property
+    def used(self) -> Tensor:
+        """How many codes win now and then."""
+        return (self.wins > 0.02 * self.wins.mean()).sum()
 
     @torch.no_grad()
     def start(self, vectors: Tensor, rounds: int = 20) -> None:
@@ -63,15 +76,17 @@ class RunningCodebook(nn.Module):
         self.ready.fill_(True)
 
     @torch.no_grad()
-    def _move(self, vectors: Tensor, found: Tensor, restart: bool) -> None:
-        wins = torch.zeros_like(self.wins).index_add_(0, found, torch.ones_like(found, dtype=torch.float))
-        sums = torch.zeros_like(self.sums).index_add_(0, found, vectors)
+    def _move(self, vectors: Tensor, found: Tensor, weight: Tensor, restart: bool) -> None:
+        wins = torch.zeros_like(self.wins).index_add_(0, found, weight)
+        sums = torch.zeros_like(self.sums).index_add_(0, found, vectors * weight[:, None])
         self.wins.mul_(self.decay).add_(wins, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
         self._set(self.sums / self.wins.clamp(min=1e-5)[:, None])
         if restart:
             dead = self.wins < 0.02 * self.wins.mean()
-            fresh = vectors[torch.randint(len(vectors), (len(self.codes),), device=vectors.device)]
+            mass = weight.cumsum(0)
+            drawn = torch.rand(len(self.codes), device=mass.device) * mass[-1]
+            fresh = vectors[torch.searchsorted(mass, drawn, right=True).clamp(max=len(vectors) - 1)]
             self.codes.copy_(torch.where(dead[:, None], fresh, self.codes))
             mean = self.wins.mean()
             self.wins.copy_(torch.where(dead, 0.3 * mean, self.wins))

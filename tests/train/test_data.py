@@ -1,10 +1,13 @@
+import random
+
 import numpy as np
 import pytest
 import soundfile
 
 from stepaudio.train.data import Clip, Corpus, recorded, write_corpus
 from stepaudio.train.features import Features, length_batches
-from stepaudio.train.nano_data import at_speed
+from stepaudio.train.nano_data import alphabet, at_speed, splice
+from stepaudio.train.rooms import in_a_room
 from tokenizer.errors import RequestError
 
 
@@ -48,3 +51,23 @@ def test_batches_hold_clips_of_like_length_and_go_on_after_a_resume():
     assert [next(again) for _ in range(7)] == first[5:]
     for indices, seconds in first:
         assert all(seconds - 0.8 < clips[i].seconds <= seconds for i in indices)
+
+
+def test_a_room_keeps_length_and_adds_noise():
+    quiet = np.zeros(16_000, np.float32)
+    quiet[4_000:8_000] = 0.3 * np.sin(np.arange(4_000) * 0.1)
+    heard = in_a_room(quiet, seed=3)
+    assert len(heard) == len(quiet) and np.abs(heard).max() < 0.96
+    assert np.array_equal(heard, in_a_room(quiet, seed=3)) and not np.array_equal(heard, in_a_room(quiet, seed=4))
+    before, after = np.abs(heard[:3_900]).mean(), np.abs(heard[8_050:9_000]).mean()
+    assert 0 < before < after  # noise everywhere, echoes after the sound
+
+
+def test_open_lines_mix_what_is_known():
+    rng = random.Random(0)
+    texts = ["what is the capital of france", "set a timer"]
+    for _ in range(50):
+        words = splice(rng, texts, "en").split()
+        assert set(words) <= set(" ".join(texts).split())
+        assert set(splice(rng, ["今天天气很好", "我喜欢苹果"], "zh")) <= set("今天天气很好我喜欢苹果")
+        assert set(alphabet(rng)) <= set("abcdefghijklmnopqrstuvwxyz ")

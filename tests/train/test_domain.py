@@ -40,3 +40,13 @@ def test_answers_hold_their_key_and_the_same_seed_gives_the_same_dialogues():
     assert {dialogue.language for dialogue in drawn} == {"en", "zh"}
     calls = [turn.text for dialogue in drawn for turn in dialogue.turns if turn.call]
     assert calls and all('"arguments"' in call for call in calls)
+
+
+def test_training_never_asks_what_the_test_asks():
+    domain, rng = Domain.from_file(CONFIG), random.Random(0)
+    for intent in ("unknown", "plus", "greeting", "weather"):
+        asked = {
+            split: {domain.draw(rng, split, intent=intent).question for _ in range(1500)} for split in ("train", "test")
+        }
+        assert not asked["train"] & asked["test"]
+        assert len(train) > 3

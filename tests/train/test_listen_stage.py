@@ -39,3 +39,22 @@ def test_learns_to_write_down_eight_clips_and_exports(kind, tones, logged, tmp_p
     else:
         [codes] = SemanticTokenizer.from_file(exported / "speech_tokenizer_v1.onnx").encode(sound)
         assert len(codes) == 38 and codes.max() < config.codes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SMALL)
+def test_captured_encoders_learn_as_plain_ones(kind, tones, logged, tmp_path):
+    features, model = SMALL[kind]
+    folder = tones(features)
+    ends = {}
+    for graphs in (True, False):
+        loop = LoopConfig(steps=60, rate=3e-3, clip=5.0)
+        config = ListenConfig(loop, model, quantise_from=0.5, seconds_per_batch=6.0, hidden_masks=0, graphs=graphs)
+        torch.manual_seed(0)
+        stage = kind(config, folder, torch.device("cuda"))
+        assert fit(stage, loop, tmp_path / str(graphs), torch.device("cuda")) == 60
+        ends[graphs] = logged(tmp_path / str(graphs), "ctc")
+    print(kind.__name__, "largest difference", max(abs(a - b) for a, b in zip(ends[True], ends[False])))
+    assert ends[True][0] == pytest.approx(ends[False][0], rel=0.02)
+    assert min(ends[True]) < 0.8 * ends[True][0]
+    assert np.mean(ends[True][-10:]) == pytest.approx(np.mean(ends[False][-10:]), rel=0.25)

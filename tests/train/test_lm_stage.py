@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from stepaudio.export.vocabulary import write_vocabulary
@@ -62,7 +63,8 @@ def test_texts_come_plain_and_as_people_write_them():
 def test_the_same_number_gives_the_same_batches(tmp_path):
     data = Pools(sequences(tmp_path), LmConfig(LoopConfig(steps=4), SMALL, tokens_per_batch=600, workers=0))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(data[1], data[1]))
-    assert all(ids.numel() <= 600 + 64 * len(ids) for ids, _ in data[0])
+    shapes = [tuple(ids.shape) for number in range(2) for ids, _ in data[number]]
+    assert all(rows == max(1, 600 // length) for rows, length in shapes)
 
 
 def test_overfits_eight_clips_and_exports(logged, tmp_path):
@@ -74,3 +76,17 @@ def test_overfits_eight_clips_and_exports(logged, tmp_path):
     assert loss[-1] < 0.75 * loss[0]
     write_vocabulary(out, nano_vocabulary(["a"], []), False)
     assert LocalLM.from_dir(out).max_context == 512
+
+
+@pytest.mark.gpu
+def test_captured_steps_learn_as_plain_ones(logged, tmp_path):
+    made, last = sequences(tmp_path), {}
+    for graphs in (True, False):
+        config = LmConfig(LoopConfig(steps=60, rate=1e-2), SMALL, tokens_per_batch=1200, workers=0, graphs=graphs)
+        torch.manual_seed(0)
+        stage = LmStage(config, made, torch.device("cuda"), lambda stage, folder: None)
+        assert fit(stage, config.loop, tmp_path / str(graphs), torch.device("cuda")) == 60
+        last[graphs] = logged(tmp_path / str(graphs), "loss")
+    assert last[True][0] == pytest.approx(last[False][0], rel=0.02)
+    assert last[True][-1] < 0.75 * last[True][0]
+    assert np.mean(last[True][-10:]) == pytest.approx(np.mean(last[False][-10:]), rel=0.25)
