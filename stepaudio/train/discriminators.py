@@ -1,6 +1,7 @@
 """Judges of sound for adversarial training: by period (HiFi-GAN) and by spectrogram (UnivNet), and their losses.
 
-Knows waves only. A judge returns its verdict and the activations on the way to it.
+Knows waves only. A judge returns its verdict and the activations on the way to it. The judges are small: beside a
+small vocoder the published sizes would take most of the time.
 Sources: Kong et al., "HiFi-GAN", 2020; Jang et al., "UnivNet", 2021; Mao et al., "Least Squares GAN", 2017.
 Shapes: B waves, N samples.
 """
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+
+from stepaudio.train.spectra import magnitude
 
 SLOPE = 0.1
 Verdict = tuple[Tensor, list[Tensor]]
@@ -45,7 +48,7 @@ class SpectrogramJudge(nn.Module):
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
         shapes = [(1, (1, 1)), (width, (2, 1)), (width, (2, 1)), (width, (2, 1)), (width, (1, 1))]
         self.convs = nn.ModuleList(
-            weight_norm(nn.Conv2d(size, width, (7, 5), stride, padding=(3, 2))) for size, stride in shapes
+            weight_norm(nn.Conv2d(size, width, (5, 3), stride, padding=(2, 1))) for size, stride in shapes
         )
         self.last = weight_norm(nn.Conv2d(width, 1, 3, padding=1))
 
@@ -76,13 +79,10 @@ def _judge(x: Tensor, convs: nn.ModuleList, last: nn.Module) -> Verdict:
     seen = []
     for conv in convs:
         x = F.leaky_relu(conv(x), SLOPE)
+        if not seen:  # from here on channels lie together, as tensor cores want them
+            x = x.contiguous(memory_format=torch.channels_last)
         seen.append(x)
     return last(x).flatten(1), seen
-
-
-def magnitude(spectrum: Tensor) -> Tensor:
-    """Absolute values whose gradient is finite at zero."""
-    return (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt()
 
 
 def judge_loss(real: list[Verdict], made: list[Verdict]) -> Tensor:
@@ -96,7 +96,7 @@ def maker_losses(real: list[Verdict], made: list[Verdict]) -> tuple[Tensor, Tens
     """What the vocoder minimises: verdicts on its sound other than 1, and activations other than real ones."""
     fooled = sum((1 - b.float()).square().mean() for b, _ in made) / len(made)
     distances = [
-        (x.float().detach() - y.float()).abs().mean() / x.float().abs().mean().detach().clamp(min=1e-3)
+        (x.detach() - y).abs().mean(dtype=torch.float32) / x.detach().abs().mean(dtype=torch.float32).clamp(min=1e-3)
         for (_, xs), (_, ys) in zip(real, made)
         for x, y in zip(xs, ys)
     ]

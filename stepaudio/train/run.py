@@ -117,6 +117,7 @@ def _train(job: Job, make: Callable[[], Stage], kinds: tuple[str, ...] = ()) -> 
     for kind in kinds:
         write_features(job.corpus, kind, job.workers)
     if job.device.type == "cuda":
+        torch.cuda.set_device(job.device)
         torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass gives NaN beside an additive bias

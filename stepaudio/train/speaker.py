@@ -8,8 +8,10 @@ embedding of every clip for the flow stage. Shapes: B crops, T fbank frames of 1
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from cosyvoice.campplus import CampPlus, CampPlusConfig
 from cosyvoice.onnx_export import write_campplus_onnx
 from stepaudio.checkpoints import FLOW_DIR
 from stepaudio.export.decoder_files import SPEAKER_FILE
+from stepaudio.train.crops import Crops
 from stepaudio.train.data import COPY, Corpus
 from stepaudio.train.features import Features
+from stepaudio.train.graphed import GraphedStep
 from stepaudio.train.loop import LoopConfig, Optimise, Stage
 from tokenizer.files import make_folder
 
@@ -46,6 +50,7 @@ class SpeakerConfig:
     noise: float = 0.5  # share of the crops with noise
     held_out: float = 0.06  # share of the recorded speakers that are never trained on
     trial_crops: int = 10  # of each held-out speaker
+    graphs: bool = True  # on a CUDA device, run each step as one captured graph
 
 
 class AngularMargin(nn.Module):
@@ -56,7 +61,7 @@ class AngularMargin(nn.Module):
         self.scale = scale
         self.weight = nn.Parameter(torch.randn(classes, size))
 
-    def forward(self, embedding: Tensor, classes: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    def forward(self, embedding: Tensor, classes: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
         """[B, E], [B] -> loss, share of crops whose class comes first (without the margin)."""
         with torch.autocast(embedding.device.type, enabled=False):
             cosine = F.normalize(embedding.float(), dim=1) @ F.normalize(self.weight, dim=1).T
@@ -73,6 +78,9 @@ class SpeakerStage(Stage):
         self.config, self.folder, self.device = config, folder, device
         self.clips = Corpus.open(folder).clips
         self.features = Features.open(folder, "fbank80", device)
+        self.crops = Crops(self.features)
+        self.speeds = torch.tensor(SPEEDS, device=device)
+        self.graphed = GraphedStep(device, config.graphs)
         self.train, self.unseen = split_speakers(self.clips_of(), config.held_out, config.loop.seed)
         self.encoder = CampPlus(CampPlusConfig(**config.model))
         classes = len(self.train) * len(SPEEDS)
@@ -85,7 +93,7 @@ class SpeakerStage(Stage):
             if self.features.length(index) and COPY not in clip.speaker:
                 members, train = speakers.setdefault(identity(clip.speaker), ([], set()))
                 members.append(index)
-                if clip.split == "train":
+                if clip.split in ("train", "noisy"):
                     train.add(index)
         return speakers
 
@@ -95,27 +103,34 @@ class SpeakerStage(Stage):
     def optimised(self) -> dict[str, list[nn.Parameter]]:
         return {"all": [p for model in self.models().values() for p in model.parameters()]}
 
-    def batches(self, start: int) -> Iterator[tuple[list[int], list[int], list[int], int]]:
-        """Clips, offsets, classes, frames."""
-        members = list(self.train.values())
+    def batches(self, start: int) -> Iterator[tuple[Tensor, int]]:
+        """Clips, offsets and classes [3, B], and frames."""
+        members = np.concatenate([np.array(clips) for clips in self.train.values()])
+        counts = np.array([len(clips) for clips in self.train.values()])
+        first = np.cumsum(counts) - counts
+        ends = np.asarray(self.features.ends)
+        lengths = np.diff(ends, prepend=0)
         while True:
             rng = np.random.default_rng((self.config.loop.seed, start))
-            classes = rng.integers(len(members) * len(SPEEDS), size=self.config.crops).tolist()
-            groups = [members[c // len(SPEEDS)] for c in classes]
-            clips = [group[rng.integers(len(group))] for group in groups]
-            starts = [int(rng.integers(self.features.length(clip))) for clip in clips]
-            yield clips, starts, classes, int(rng.choice(self.config.frames))
+            classes = rng.integers(len(counts) * len(SPEEDS), size=self.config.crops)
+            speaker = classes // len(SPEEDS)
+            clips = members[first[speaker] + rng.integers(counts[speaker])]
+            crops = np.stack([clips, rng.integers(lengths[clips]), classes])
+            yield torch.from_numpy(crops), int(rng.choice(self.config.frames))
             start += 1
 
     def update(self, batch: Any, step: int, optimise: Optimise) -> dict[str, float | Tensor]:
-        clips, starts, classes, frames = batch
-        wide = round(frames * max(SPEEDS))
-        target = torch.tensor(classes, device=self.device)
-        factor = torch.tensor(SPEEDS, device=self.device)[target % len(SPEEDS)]
-        x = change_speed(self.features.repeat(clips, wide, starts), factor, frames)
+        crops, frames = batch
+        margin = torch.tensor(self.config.margin * min(1.0, optimise.share / self.config.margin_until))
+        return dict(self.graphed(partial(self.learn, optimise, frames), crops, margin, kind=frames))
+
+    def learn(self, optimise: Optimise, frames: int, crops: Tensor, margin: Tensor) -> dict[str, Tensor]:
+        """One step."""
+        clips, starts, classes = crops
+        x = self.crops.repeat(clips, starts, round(frames * max(SPEEDS)))
+        x = change_speed(x, self.speeds[classes % len(SPEEDS)], frames)
         x = hide_bands(add_noise(x, self.config.noise))
-        margin = self.config.margin * min(1.0, optimise.share / self.config.margin_until)
-        loss, right = self.margin(self.encoder(x - x.mean(dim=1, keepdim=True)), target, margin)
+        loss, right = self.margin(self.encoder(x - x.mean(dim=1, keepdim=True)), classes, margin)
         optimise("all", loss)
         return {"loss": loss.detach(), "right": right}
 
@@ -178,8 +193,7 @@ def change_speed(x: Tensor, factor: Tensor, frames: int) -> Tensor:
     Time goes on being 10 ms a frame; T is at least frames times the largest factor.
     """
     length, bins = x.shape[1:]
-    edge = torch.tensor([20.0, 8000.0], device=x.device)  # Hz, of the filter bank
-    low, high = 1127 * torch.log1p(edge / 700)
+    low, high = (1127 * math.log1p(hertz / 700) for hertz in (20.0, 8000.0))  # edges of the filter bank
     mel = low + (torch.arange(bins, device=x.device) + 1) * ((high - low) / (bins + 1))
     hertz = 700 * torch.expm1(mel / 1127) / factor[:, None]
     band = (1127 * torch.log1p(hertz / 700) - low) / (high - low) * (bins + 1) - 1

@@ -5,9 +5,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 
 from stepaudio.train.data import Clip, Corpus
 from stepaudio.train.features import MAKERS
+from stepaudio.train.loop import fit
 
 RATE = 16_000
 PITCHES = (110.0, 150.0, 210.0, 290.0)  # one per voice
@@ -72,3 +74,22 @@ def losses(folder, name):
 @pytest.fixture
 def logged():
     return losses
+
+
+@pytest.fixture
+def learns_as_graphs(tmp_path):
+    """`learns_as_graphs(make, name)` trains `make(graphs)` on a CUDA device with graphs and without, and compares."""
+    return lambda make, name: compare_graphs(make, name, tmp_path)
+
+
+def compare_graphs(make, name, folder):
+    ends = []
+    for graphs in (True, False):
+        stage = make(graphs)
+        steps = fit(stage, stage.config.loop, folder / str(graphs), torch.device("cuda"))
+        values = losses(folder / str(graphs), name)
+        assert (len(stage.graphed) > 0) == graphs
+        assert len(set(values)) > 0.9 * steps and np.mean(values[-8:]) < np.mean(values[:4])
+        ends.append(np.mean(values[-8:]))
+    print(f"{name}: {ends[0]:.3f} as graphs, {ends[1]:.3f} without")
+    assert ends[0] == pytest.approx(ends[1], rel=0.6)
