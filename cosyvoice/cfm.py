@@ -44,12 +44,21 @@ class ConditionalCFM(nn.Module):
         super().__init__()
         self.guidance = config.inference_cfg_rate
         self.estimator = ConditionalDecoder(config.estimator)
+        self._grids: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def grid(self, num_steps: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`time_grid` on the device and in the dtype of `like`, made once: the loop copies nothing from the host."""
+        key = (num_steps, like.device, like.dtype)
+        if key not in self._grids:
+            times, widths = time_grid(num_steps, like.dtype)
+            self._grids[key] = (times.to(like.device), widths.to(like.device))
+        return self._grids[key]
 
     def forward(
         self, noise: Tensor, mask: Tensor | None, mu: Tensor, spks: Tensor, cond: Tensor, num_steps: int = 10
     ) -> Tensor:
         """Mel [B, 80, T] from noise, mu and cond [B, 80, T] and spks [B, 80], in the dtype of mu."""
-        times, widths = (values.to(mu.device) for values in time_grid(num_steps, mu.dtype))
+        times, widths = self.grid(num_steps, mu)
         # rows 0..B-1 are conditional, rows B..2B-1 are not
         mu, spks, cond = (torch.cat([value, torch.zeros_like(value)]) for value in (mu, spks, cond))
         mask = None if mask is None else torch.cat([mask, mask])

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cosyvoice.cfm import ConditionalCFM
 from cosyvoice.config import FlowConfig
@@ -23,6 +24,11 @@ from cosyvoice.conformer import ConformerEncoder
 from cosyvoice.unet import MaskedGroupNorm, masked
 from tokenizer.errors import RequestError
 from tokenizer.weights import build, read_tensors
+
+if TYPE_CHECKING:
+    from cosyvoice.flow_engine import FlowEngine
+
+_EMPTY_ROW = (0, 0, 1, 2)  # prompt codes, prompt frames, codes and frames of a row that only fills up a batch
 
 
 def num_frames(num_codes: int, config: FlowConfig) -> int:
@@ -55,26 +61,68 @@ class FlowBatch:
     noise: Tensor  # [B, 80, T]
 
 
-def collate(requests: Sequence[FlowRequest], config: FlowConfig, device: torch.device, dtype: torch.dtype) -> FlowBatch:
-    """One padded batch. Raises RequestError for a request that cannot be served, with its values."""
+def collate(
+    requests: Sequence[FlowRequest],
+    config: FlowConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int] | None = None,
+) -> FlowBatch:
+    """One padded batch; with `sizes` (B, T, N) padded up to those, rows without a request included.
+
+    Raises RequestError for a request that cannot be served, with its values.
+    """
     for request in requests:
         _check(request, config)
     codes = [torch.cat([request.prompt_codes, request.codes]).cpu() for request in requests]
-    code_lengths = torch.tensor([len(row) for row in codes])
-    frame_lengths = torch.tensor([request.noise.shape[-1] for request in requests])
-    frames = int(frame_lengths.max())
-    mels = [F.pad(r.prompt_mel.to(device, dtype).T, (0, frames - len(r.prompt_mel))) for r in requests]
-    noises = [F.pad(r.noise.to(device, dtype), (0, frames - r.noise.shape[-1])) for r in requests]
+    counts = [(len(r.prompt_codes), len(r.prompt_mel), len(row), r.noise.shape[-1]) for r, row in zip(requests, codes)]
+    longest = [max(column) for column in zip(*counts)]
+    batch, frames, places = sizes or (len(requests), longest[3], longest[2])
+    counts += [_EMPTY_ROW] * (batch - len(requests))
+    lengths = torch.tensor(counts).T.contiguous().to(device)  # one copy for all of them
+    padded = torch.zeros(batch, places, dtype=torch.long)
+    for row, known in zip(padded, codes):
+        row[: len(known)] = known
+    noises = [F.pad(r.noise, (0, frames - r.noise.shape[-1])) for r in requests]
     return FlowBatch(
-        codes=pad_sequence(codes, batch_first=True).to(device),
-        prompt_codes=torch.tensor([len(r.prompt_codes) for r in requests], device=device),
-        prompt_frames=torch.tensor([len(r.prompt_mel) for r in requests], device=device),
-        code_lengths=_unless_equal(code_lengths, device),
-        frame_lengths=_unless_equal(frame_lengths, device),
-        prompt_mel=torch.stack(mels),
-        embedding=torch.stack([r.embedding.to(device, dtype) for r in requests]),
-        noise=torch.stack(noises),
+        codes=padded.to(device),
+        prompt_codes=lengths[0],
+        prompt_frames=lengths[1],
+        code_lengths=None if _equal(counts, 2, sizes) else lengths[2],
+        frame_lengths=None if _equal(counts, 3, sizes) else lengths[3],
+        prompt_mel=_rows([_padded_mel(r.prompt_mel, frames, device, dtype) for r in requests], batch),
+        embedding=_rows([_on_device(r.embedding, device, dtype) for r in requests], batch),
+        noise=_rows([noise.to(device).to(dtype) for noise in noises], batch),
     )
+
+
+def _equal(counts: list[tuple[int, int, int, int]], column: int, sizes: tuple[int, int, int] | None) -> bool:
+    """Whether no row has padding, as far as this count goes."""
+    return sizes is None and len({count[column] for count in counts}) == 1
+
+
+def _rows(values: list[Tensor], batch: int) -> Tensor:
+    """Stacked, with rows of zeros up to the batch."""
+    return torch.stack(values + [torch.zeros_like(values[0])] * (batch - len(values)))
+
+
+def _padded_mel(mel: Tensor, frames: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[T1, M] -> [M, frames]."""
+    return F.pad(_on_device(mel, device, dtype).T, (0, frames - len(mel)))
+
+
+_copies = WeakIdKeyDictionary()  # what belongs to a voice, by the tensor on the host: copied once
+
+
+def _on_device(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A voice's tensor where the model is. On a GPU the copy is kept for as long as the original lives."""
+    if device.type != "cuda" or value.device.type == "cuda":
+        return value.to(device, dtype)
+    kept = _copies.get(value)
+    if kept is None or kept.device != device or kept.dtype != dtype:
+        kept = value.to(device).to(dtype)
+        _copies[value] = kept
+    return kept
 
 
 class LengthRegulator(nn.Module):
@@ -130,6 +178,7 @@ class TokenToMel(nn.Module):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.config = config
+        self.engine: FlowEngine | None = None  # how `generate` runs; None: as written here
         self.input_embedding = nn.Embedding(config.vocab_size, config.input_size)
         self.spk_embed_affine_layer = nn.Linear(config.spk_embed_dim, config.output_size)
         self.encoder = ConformerEncoder(config.encoder)
@@ -207,6 +256,8 @@ class TokenToMel(nn.Module):
         """The target's mel [80, num_frames(n)] of each request, as one padded batch; a request's result does not
         depend on its neighbours. Raises RequestError for bad requests or fewer than one step.
         """
+        if self.engine is not None:
+            return self.engine.generate(requests, num_steps)
         weight = self.encoder_proj.weight
         mel = self(collate(requests, self.config, weight.device, weight.dtype), num_steps)
         return [row[:, len(r.prompt_mel) : r.noise.shape[-1]] for row, r in zip(mel, requests)]
@@ -215,10 +266,6 @@ class TokenToMel(nn.Module):
 def _mask(lengths: Tensor, size: int) -> Tensor:
     """[B] -> [B, size], True where valid."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
-
-
-def _unless_equal(lengths: Tensor, device: torch.device) -> Tensor | None:
-    return None if bool((lengths == lengths[0]).all()) else lengths.to(device)
 
 
 def _check(request: FlowRequest, config: FlowConfig) -> None:

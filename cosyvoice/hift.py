@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice.config import HiFTConfig
+from cosyvoice.layout import conv1d, innermost
 from cosyvoice.weight_norm import fuse_weight_norm
 from tokenizer.weights import build, read_tensors
 
@@ -38,28 +38,38 @@ class SourceDraws:
     """Randomness of the harmonic source of a batch.
 
     `phases` [B, H]: start phases in -pi..pi (the fundamental's is ignored and taken as 0);
-    `noise` [B, H, N]: standard normal.
+    `noise` [B, H, N]: standard normal, one for each sine, or [B, 1, N] where theirs are mixed already: the sum of
+    independent normals with the mixer's weights is one normal of that norm.
     """
 
     phases: Tensor
     noise: Tensor
 
+    @property
+    def mixed(self) -> bool:
+        """Whether one noise stands for those of all sines."""
+        return self.noise.shape[1] == 1 < self.phases.shape[1]
+
     @classmethod
     def draw(cls, config: HiFTConfig, frames: int, generator: torch.Generator) -> SourceDraws:
-        """One item (B = 1) of so many mel frames, drawn on the generator's device."""
-        sines, device = config.nb_harmonics + 1, generator.device
-        phases = (torch.rand(1, sines, generator=generator, device=device) * 2 - 1) * math.pi
-        noise = torch.randn(1, sines, frames * hop_length(config), generator=generator, device=device)
+        """One item (B = 1) of so many mel frames, mixed, drawn on the generator's device."""
+        device = generator.device
+        phases = (torch.rand(1, config.nb_harmonics + 1, generator=generator, device=device) * 2 - 1) * math.pi
+        noise = torch.randn(1, 1, frames * hop_length(config), generator=generator, device=device)
         return cls(phases, noise)
 
     @classmethod
     def batch(cls, items: Sequence[SourceDraws]) -> SourceDraws:
-        """Joins single items, the noise padded with zeros."""
-        noise = pad_sequence([item.noise[0].T for item in items], batch_first=True).transpose(1, 2)
+        """Joins single items of one kind, the noise padded with zeros."""
+        width = max(item.noise.shape[2] for item in items)
+        noise = torch.cat([F.pad(item.noise, (0, width - item.noise.shape[2])) for item in items])
         return cls(torch.cat([item.phases for item in items]), noise)
 
     def to(self, device: torch.device | str) -> SourceDraws:
         return SourceDraws(self.phases.to(device), self.noise.to(device))
+
+
+Trunk = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # stage, x, the source's x, lengths at that rate -> x
 
 
 class Vocoded(NamedTuple):
@@ -89,8 +99,9 @@ class Snake(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         alpha = self.alpha[:, None]
-        sine = torch.sin(x * alpha)
-        return torch.addcmul(x, sine, sine * (alpha + 1e-9).reciprocal())
+        if torch.is_grad_enabled():
+            return torch.addcmul(x, (x * alpha).sin().square(), (alpha + 1e-9).reciprocal())
+        return torch.addcmul(x, (x * alpha).sin_().square_(), (alpha + 1e-9).reciprocal())  # two tensors fewer
 
 
 class ResBlock(nn.Module):
@@ -105,8 +116,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for conv1, conv2, snake1, snake2 in zip(self.convs1, self.convs2, self.activations1, self.activations2):
-            y = conv1(snake1(x))
-            y = conv2(snake2(_masked(y, mask)))
+            y = conv1d(conv1, snake1(x))
+            y = conv1d(conv2, snake2(_masked(y, mask)))
             x = x + _masked(y, mask)
         return x
 
@@ -140,18 +151,26 @@ class HarmonicSource(nn.Module):
 
     def forward(self, f0: Tensor, draws: SourceDraws) -> Tensor:
         """f0 [B, T] in Hz -> [B, N] in -1..1."""
-        config = self.config
-        f0 = f0.detach().repeat_interleave(self.hop, dim=1)[:, None]
-        voiced = (f0 > config.nsf_voiced_threshold).to(f0.dtype)
-        sines = config.nsf_alpha * torch.sin(self._angles(f0) + self._start_phases(draws.phases)) * voiced
-        amplitude = voiced * config.nsf_sigma + (1 - voiced) * config.nsf_alpha / 3
-        return torch.tanh(self.l_linear((sines + amplitude * draws.noise).transpose(1, 2)))[..., 0]
+        config, (weight,) = self.config, self.l_linear.weight
+        f0 = f0.detach()
+        voiced = (f0 > config.nsf_voiced_threshold).to(f0.dtype)[:, :, None]  # [B, T, 1]
+        sines = torch.sin(self._angles(f0) + self._start_phases(draws.phases)[:, :, None])  # [B, H, T, hop]
+        tone = torch.einsum("bhtk,h->btk", sines, weight) * (config.nsf_alpha * voiced)
+        noise = draws.noise.unflatten(2, (-1, self.hop))
+        noise = noise[:, 0] * weight.norm() if draws.mixed else torch.einsum("bhtk,h->btk", noise, weight)
+        amplitude = voiced * config.nsf_sigma + (1 - voiced) * (config.nsf_alpha / 3)
+        return torch.tanh(tone + amplitude * noise + self.l_linear.bias).flatten(1)
 
     def _angles(self, f0: Tensor) -> Tensor:
-        """Phase of each sine, [B, H, N]. Summed in float64, so that it does not drift and no device differs."""
+        """Phase of each sine, [B, H, T, hop]. f0 is steady within a frame, so only the steps of whole frames are
+        summed, in float64: no drift, and no device differs.
+        """
         orders = torch.arange(1, self.config.nb_harmonics + 2, device=f0.device, dtype=f0.dtype)
-        steps = f0 * orders[:, None] / self.config.sampling_rate
-        return 2 * math.pi * (steps.cumsum(dim=2, dtype=torch.float64).to(f0.dtype) % 1)
+        steps = (f0[:, None] * orders[:, None] / self.config.sampling_rate).double()  # cycles per sample, [B, H, T]
+        before = (steps.cumsum(dim=2) - steps) * self.hop
+        within = torch.arange(1, self.hop + 1, device=f0.device, dtype=torch.float64)
+        cycles = torch.addcmul(before[..., None], steps[..., None], within)
+        return 2 * math.pi * (cycles.to(f0.dtype) % 1)
 
     @staticmethod
     def _start_phases(phases: Tensor) -> Tensor:
@@ -236,12 +255,18 @@ class HiFTVocoder(nn.Module):
         return build(lambda: cls(config), {name: value.float() for name, value in tensors.items()}, str(path))
 
     def forward(
-        self, mel: Tensor, draws: SourceDraws, lengths: Tensor | None = None, f0: Tensor | None = None
+        self,
+        mel: Tensor,
+        draws: SourceDraws,
+        lengths: Tensor | None = None,
+        f0: Tensor | None = None,
+        trunk: Trunk | None = None,
     ) -> Vocoded:
         """mel [B, M, T] -> wave [B, N], f0 and source.
 
         `lengths` int64 [B] are the frames of each item of a padded batch (None: all T), past which
-        wave, source and predicted f0 are zero. `f0` [B, T] in Hz replaces the predicted one.
+        wave, source and predicted f0 are zero. `f0` [B, T] in Hz replaces the predicted one. `trunk`
+        computes the residual blocks of a padded batch in another way.
         """
         mask = self._mask(mel, lengths, 1)
         if f0 is None:
@@ -249,18 +274,22 @@ class HiFTVocoder(nn.Module):
         source = self.m_source(f0, draws)
         if lengths is not None:
             source = source * self._mask(mel, lengths, self.hop)[:, 0]
-        return Vocoded(self.synthesize(mel, source, lengths), f0, source)
+        return Vocoded(self.synthesize(mel, source, lengths, trunk), f0, source)
 
-    def synthesize(self, mel: Tensor, source: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def synthesize(
+        self, mel: Tensor, source: Tensor, lengths: Tensor | None = None, trunk: Trunk | None = None
+    ) -> Tensor:
         """mel [B, M, T] and source [B, N] -> wave [B, N]."""
-        magnitude, phase = self.spectrum(mel, source, lengths)
+        magnitude, phase = self.spectrum(mel, source, lengths, trunk)
         magnitude = magnitude.clamp(max=_MAGNITUDE_LIMIT)
         parts = torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=1)
         wave = self.stft.inverse(parts, self._stft_mask(mel, lengths))
         wave = wave.clamp(-self.config.audio_limit, self.config.audio_limit)
         return wave if lengths is None else wave * self._mask(mel, lengths, self.hop)[:, 0]
 
-    def spectrum(self, mel: Tensor, source: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def spectrum(
+        self, mel: Tensor, source: Tensor, lengths: Tensor | None = None, trunk: Trunk | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Magnitude (without upper limit) and phase of the wave's STFT, [B, K, S] each."""
         config, last = self.config, len(self.ups) - 1
         stft = self.stft(source, None if lengths is None else lengths * self.hop)
@@ -273,10 +302,13 @@ class HiFTVocoder(nn.Module):
             if i == last:
                 x = F.pad(x, (1, 0), mode="reflect")
             mask = self._stft_mask(mel, lengths) if i == last else self._mask(mel, lengths, scale)
-            x = _masked(x, mask) + source_block(_masked(down(stft), mask), mask)
-            x = self._mix(i, x, mask)
+            if trunk is None:
+                x = innermost(_masked(x, mask)) + source_block(_masked(conv1d(down, stft), mask), mask)
+                x = self._mix(i, x, mask)
+            else:
+                x = trunk(i, x, down(stft), lengths * scale + int(i == last))
         bins = config.istft_n_fft // 2 + 1
-        x = self.conv_post(F.leaky_relu(x))
+        x = conv1d(self.conv_post, F.leaky_relu(x))
         return x[:, :bins].exp(), x[:, bins:].sin()
 
     def _mix(self, stage: int, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.config import EstimatorConfig
+from cosyvoice.layout import conv1d, mish
 
 _TIME_SCALE = 1000  # the flow's time 0..1 is embedded as 0..1000
 _NORM_GROUPS = 8
@@ -71,8 +72,8 @@ class Block1D(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        conv, norm, activation = self.block
-        return masked(activation(norm(conv(masked(x, mask)), mask)), mask)
+        conv, norm, _ = self.block
+        return masked(mish(norm(conv1d(conv, masked(x, mask)), mask)), mask)
 
 
 class ResnetBlock1D(nn.Module):
@@ -87,7 +88,7 @@ class ResnetBlock1D(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, mask: Tensor | None = None) -> Tensor:
         hidden = self.block1(x, mask) + self.mlp(time)[:, :, None]
-        return self.block2(hidden, mask) + self.res_conv(masked(x, mask))
+        return self.block2(hidden, mask) + conv1d(self.res_conv, masked(x, mask))
 
 
 class Attention(nn.Module):
@@ -156,7 +157,7 @@ class Downsample1D(nn.Module):
         self.conv = nn.Conv1d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return conv1d(self.conv, x)
 
 
 class Upsample1D(nn.Module):
@@ -217,7 +218,7 @@ class ConditionalDecoder(nn.Module):
         x = downsample(masked(skip, mask))
         resnet, blocks, conv = self.down_blocks[1]
         half_skip = _stage(resnet, blocks, x, time, half_mask, half_keys)
-        x = conv(masked(half_skip, half_mask))
+        x = conv1d(conv, masked(half_skip, half_mask))
         for resnet, blocks in self.mid_blocks:
             x = _stage(resnet, blocks, x, time, half_mask, half_keys)
         resnet, blocks, upsample = self.up_blocks[0]
@@ -225,8 +226,8 @@ class ConditionalDecoder(nn.Module):
         x = upsample(masked(x, half_mask))[:, :, : skip.shape[-1]]
         resnet, blocks, conv = self.up_blocks[1]
         x = _stage(resnet, blocks, torch.cat([x, skip], dim=1), time, mask, keys)
-        x = self.final_block(conv(masked(x, mask)), mask)
-        return masked(self.final_proj(x), mask)
+        x = self.final_block(conv1d(conv, masked(x, mask)), mask)
+        return masked(conv1d(self.final_proj, x), mask)
 
 
 def _keys(mask: Tensor | None) -> Tensor | None:
@@ -239,4 +240,4 @@ def _stage(
     x = resnet(x, time, mask).transpose(1, 2).contiguous()
     for block in blocks:
         x = block(x, keys)
-    return x.transpose(1, 2).contiguous()
+    return x.transpose(1, 2) if x.device.type == "cpu" else x.transpose(1, 2).contiguous()

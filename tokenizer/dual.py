@@ -33,9 +33,16 @@ class DualTokenizer:
 
     @classmethod
     def from_dir(
-        cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu", semantic_backend: str = "torch"
+        cls,
+        folder: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        semantic_backend: str = "torch",
+        engine: str = "auto",
     ) -> DualTokenizer:
-        """From the folder as released. Raises CheckpointError that names all missing files, or the broken one."""
+        """From the folder as released. Raises CheckpointError that names all missing files, or the broken one.
+
+        `engine`: "auto" batches and captures graphs on a CUDA device, "plain" runs the modules as they are written.
+        """
         folder = Path(folder)
         missing = [name for name in FILES if not (folder / name).exists()]
         if missing:
@@ -44,8 +51,8 @@ class DualTokenizer:
                 "download them or check --model-path"
             )
         return cls(
-            LinguisticTokenizer.from_dir(folder, device),
-            SemanticTokenizer.from_file(folder / SEMANTIC_FILE, device, semantic_backend),
+            LinguisticTokenizer.from_dir(folder, device, engine),
+            SemanticTokenizer.from_file(folder / SEMANTIC_FILE, device, semantic_backend, engine),
         )
 
     @overload

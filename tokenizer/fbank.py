@@ -59,26 +59,31 @@ def kaldi_fbank(
 def _log_mel(frames: Tensor, window: str, dither: float, generator: torch.Generator | None) -> Tensor:
     """[F, 400] -> [F, 80]."""
     if dither:
-        noise = torch.stack([torch.randn(FRAME_LENGTH, generator=generator) for _ in range(len(frames))])
-        frames = frames + dither * noise.to(frames.device)
-    frames = frames - frames.mean(dim=1, keepdim=True)
-    before = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
-    frames = (frames - _PREEMPHASIS * before) * _window(window).to(frames.device)
+        # 400 is a multiple of 16: one draw gives the numbers of a draw per frame
+        frames = frames + dither * torch.randn(len(frames), FRAME_LENGTH, generator=generator).to(frames.device)
+    return frame_energies(frames, window)
+
+
+def frame_energies(frames: Tensor, window: str = "hamming") -> Tensor:
+    """Log mel energies of frames [.., 400] with their dither -> [.., 80], on any device."""
+    frames = frames - frames.mean(dim=-1, keepdim=True)
+    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+    frames = (frames - _PREEMPHASIS * before) * _window(window, frames.device)
     power = torch.fft.rfft(frames, n=_FFT).abs().square()
-    return (power @ _mel_bank().to(frames.device)).clamp(min=_FLOOR).log()
+    return (power @ _mel_bank(frames.device)).clamp(min=_FLOOR).log()
 
 
-@lru_cache(maxsize=2)
-def _window(name: str) -> Tensor:
+@lru_cache(maxsize=8)
+def _window(name: str, device: torch.device) -> Tensor:
     """Symmetric window, [400]."""
     if name == "povey":
-        return torch.hann_window(FRAME_LENGTH, periodic=False).pow(0.85)
+        return torch.hann_window(FRAME_LENGTH, periodic=False).pow(0.85).to(device)
     assert name == "hamming", f"unknown window {name!r}"
-    return torch.hamming_window(FRAME_LENGTH, periodic=False)
+    return torch.hamming_window(FRAME_LENGTH, periodic=False).to(device)
 
 
-@lru_cache(maxsize=1)
-def _mel_bank() -> Tensor:
+@lru_cache(maxsize=4)
+def _mel_bank(device: torch.device) -> Tensor:
     """Triangles whose slopes are straight in mel, [257 FFT bins, 80]; the Nyquist bin has no weight.
 
     In fp32 throughout and in torchaudio's order of operations, whose rounding shows in quiet bins.
@@ -88,7 +93,7 @@ def _mel_bank() -> Tensor:
     left, center, right = edges[:-2], edges[1:-1], edges[2:]
     mel = 1127.0 * (1 + TOKENIZER_RATE / _FFT * torch.arange(_FFT // 2)[:, None] / 700).log()
     triangles = torch.minimum((mel - left) / (center - left), (right - mel) / (right - center)).clamp(min=0)
-    return F.pad(triangles, (0, 0, 0, 1))
+    return F.pad(triangles, (0, 0, 0, 1)).to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +193,15 @@ class FrontEnd:
         frames = F.pad(frames.T[None], (0, max(0, needed - len(frames))), mode="replicate")[0]
         rows = frames[:, :needed].unfold(1, STACK, STACK_SHIFT).permute(1, 2, 0).reshape(count, ROW_SIZE)
         return (rows + self.cmvn.shift) * self.cmvn.scale
+
+
+def row_count(samples: int) -> int:
+    """Rows of a whole clip of so many samples (formats.md 5.4)."""
+    frames = (samples - FRAME_LENGTH) // FRAME_SHIFT + 1 if samples >= FRAME_LENGTH else 0
+    if frames == 0:
+        return 0
+    rows = samples // CHUNK_SAMPLES * CHUNK_ROWS
+    return rows + _tail_rows(frames + STACK // 2 - rows * STACK_SHIFT)
 
 
 def _tail_rows(frames: int) -> int:

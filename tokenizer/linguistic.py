@@ -25,9 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer.codes import LAYOUT
 from tokenizer.errors import CheckpointError, RequestError
-from tokenizer.fbank import CHUNK_ROWS, ROW_SIZE, Cmvn, FrontEnd, FrontEndState
+from tokenizer.fbank import CHUNK_ROWS, CHUNK_SAMPLES, ROW_SIZE, Cmvn, FrontEnd, FrontEndState
 from tokenizer.files import require_file
+from tokenizer.graphs import check_engine
+from tokenizer.linguistic_batch import MAX_CHUNKS, LinguisticBatch
 from tokenizer.sanm import SanmConfig, SanmEncoder, SanmState
+from tokenizer.split import split
 from tokenizer.weights import build, read_tensors
 
 ASR_DIR = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
@@ -66,24 +69,37 @@ class LinguisticTokenizer:
     """Front end, encoder and codebook. Features and codebook search run in fp32 on the CPU, as in the release.
 
     `block_chunks` chunks of 240 ms are encoded at once, over all clips of a batch; at release
-    size 64 of them take about 60 MB, and more are no faster on a CPU.
+    size 64 of them take about 60 MB, and more are no faster on a CPU. On a CUDA device `engine` "auto" takes whole
+    clips through `LinguisticBatch`; "plain" leaves them to the code here.
     """
 
-    def __init__(self, front_end: FrontEnd, encoder: SanmEncoder, centroids: Tensor, block_chunks: int = 64) -> None:
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        encoder: SanmEncoder,
+        centroids: Tensor,
+        block_chunks: int = 64,
+        engine: str = "auto",
+    ) -> None:
+        check_engine(engine)
         assert centroids.shape == (LAYOUT.linguistic_size, encoder.config.size), centroids.shape
         self.front_end = front_end
         self.encoder = encoder
         self.centroids = centroids.cpu().float()
         self.block_chunks = block_chunks
         self.device = encoder.after_norm.weight.device
+        fast = engine == "auto" and self.device.type == "cuda"
+        self.batch = LinguisticBatch(front_end.cmvn, split(encoder), self.centroids) if fast else None
 
     @classmethod
-    def from_dir(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> LinguisticTokenizer:
+    def from_dir(
+        cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu", engine: str = "auto"
+    ) -> LinguisticTokenizer:
         """From `Step-Audio-Tokenizer` as released. Raises CheckpointError naming the file and what is wrong."""
         folder = Path(folder)
         asr = folder / ASR_DIR
         return cls.from_files(
-            asr / "model.pt", asr / "am.mvn", folder / CENTROIDS_FILE, asr / "config.yaml", device=device
+            asr / "model.pt", asr / "am.mvn", folder / CENTROIDS_FILE, asr / "config.yaml", device=device, engine=engine
         )
 
     @classmethod
@@ -94,10 +110,12 @@ class LinguisticTokenizer:
         centroids: str | os.PathLike[str],
         config: str | os.PathLike[str],
         device: torch.device | str = "cpu",
+        engine: str = "auto",
     ) -> LinguisticTokenizer:
         """From single files. Sizes come from the tensors; config.yaml is optional, and checked where it exists."""
         encoder = _read_encoder(Path(weights), Path(config)).to(device)
-        return cls(FrontEnd(Cmvn.from_file(cmvn)), encoder, _read_centroids(Path(centroids), encoder.config.size))
+        codebook = _read_centroids(Path(centroids), encoder.config.size)
+        return cls(FrontEnd(Cmvn.from_file(cmvn)), encoder, codebook, engine=engine)
 
     def encode(
         self, clips: Sequence[np.ndarray], dither: float = 1.0, seeds: Sequence[int] | None = None
@@ -109,7 +127,10 @@ class LinguisticTokenizer:
         """
         seeds = [0] * len(clips) if seeds is None else seeds
         assert len(seeds) == len(clips), (len(seeds), len(clips))
-        rows = [self.front_end.rows(_samples(clip), dither, seed) for clip, seed in zip(clips, seeds)]
+        sounds = [_samples(clip) for clip in clips]
+        if self.batch is not None and all(len(sound) <= MAX_CHUNKS * CHUNK_SAMPLES for sound in sounds):
+            return self.batch.encode(sounds, dither, seeds)
+        rows = [self.front_end.rows(sound, dither, seed) for sound, seed in zip(sounds, seeds)]
         order = sorted((i for i in range(len(rows)) if len(rows[i])), key=lambda i: len(rows[i]))
         codes = [np.zeros(0, np.int64) for _ in clips]
         for begin in range(0, len(order), self.block_chunks):

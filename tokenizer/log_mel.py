@@ -31,6 +31,11 @@ def log_mel(samples: Tensor, lengths: Tensor | None = None) -> Tensor:
     if lengths is None:
         lengths = torch.full((len(samples),), samples.shape[1], device=samples.device)
     assert int(lengths.min()) > _EDGE, f"a clip must be longer than {_EDGE} samples, got {int(lengths.min())}"
+    return padded_log_mel(samples, lengths)
+
+
+def padded_log_mel(samples: Tensor, lengths: Tensor) -> Tensor:
+    """As `log_mel` of a batch, without looking at the lengths: nothing waits for the device."""
     window, filters = _window_and_filters(samples.device)
     spectrum = torch.stft(
         _mirror_edges(samples, lengths), _FFT_LENGTH, HOP_LENGTH, window=window, center=False, return_complex=True

@@ -22,15 +22,18 @@ from torch import Tensor, nn
 
 from tokenizer.errors import CheckpointError, RequestError
 from tokenizer.files import require_file
-from tokenizer.log_mel import HOP_LENGTH, log_mel
+from tokenizer.graphs import GraphPool, check_engine
+from tokenizer.log_mel import HOP_LENGTH, log_mel, padded_log_mel
 from tokenizer.onnx_weights import read_semantic_onnx
 from tokenizer.packed import pack
+from tokenizer.split import split
 from tokenizer.weights import build
 
 SAMPLE_RATE = 16_000
 CODE_RATE = 25
 WINDOW = 480_000  # samples heard together: 30 s, without overlap
 MIN_WINDOW = 480  # samples below which the last piece is dropped
+_GRAPHS, _GRAPH_SECONDS = 16, 64  # kept, and padded seconds of one; larger batches keep the device busy anyway
 _COUNT_SLACK = 2  # codes by which a window may differ from 25 per second
 
 
@@ -217,10 +220,38 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """The PyTorch model."""
+    """The PyTorch model. `encode` goes from sound to codes in one go; on a CUDA device small batches are graphs."""
 
     def __init__(self, model: SemanticEncoder) -> None:
         self.model = model
+        device = model.quantizer.codebook.device
+        self.pool = GraphPool(device, _GRAPHS) if device.type == "cuda" else None
+
+    def encode(self, samples: Tensor, lengths: Sequence[int]) -> list[np.ndarray]:
+        """Padded sound [B, N] on the CPU -> one code array per item."""
+        device, (batch, size) = self.model.quantizer.codebook.device, samples.shape
+        wide, rows = -(-size // SAMPLE_RATE) * SAMPLE_RATE, 1 << (batch - 1).bit_length()
+        graph = self.pool is not None and rows * wide <= _GRAPH_SECONDS * SAMPLE_RATE
+        counts = list(lengths)
+        if graph:
+            samples = F.pad(samples, (0, wide - size, 0, rows - batch))
+            counts += [MIN_WINDOW] * (rows - batch)
+        inputs = samples.to(device), torch.tensor(counts).to(device)
+        codes = self.pool.run((rows, wide), self.codes, *inputs) if graph else self.codes(*inputs)
+        codes = codes[:batch].cpu().numpy()
+        return [row[: self.count(length)] for row, length in zip(codes, lengths)]
+
+    def codes(self, samples: Tensor, lengths: Tensor) -> Tensor:
+        """[B, N] and lengths [B] -> codes [B, S], meaningless behind an item's own."""
+        hidden, _ = self.model(padded_log_mel(samples, lengths), lengths // HOP_LENGTH)
+        return self.model.quantize(hidden)
+
+    def count(self, samples: int) -> int:
+        """Codes of so many samples."""
+        frames = samples // HOP_LENGTH
+        for stride in self.model.config.strides:
+            frames = (frames - 1) // stride + 1
+        return frames
 
     def __call__(self, mel: Tensor, lengths: Tensor) -> list[np.ndarray]:
         full = bool((lengths == mel.shape[2]).all())  # without a mask attention takes its fastest path
@@ -266,18 +297,29 @@ def _providers(device: torch.device) -> list[str | tuple[str, dict[str, int]]]:
 class SemanticTokenizer:
     """Clips at 16 kHz -> codes, through either backend."""
 
-    def __init__(self, backend: Backend, device: str | torch.device = "cpu") -> None:
+    def __init__(self, backend: Backend, device: str | torch.device = "cpu", engine: str = "auto") -> None:
         self.backend = backend
         self.device = torch.device(device)
+        self.whole = engine == "auto" and self.device.type == "cuda" and isinstance(backend, TorchBackend)
         self.batch_frames = 96_000 if self.device.type == "cuda" else 6_000  # mel frames, padding included
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike[str], device: str | torch.device = "cpu", backend: str = "torch"
+        cls,
+        path: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        backend: str = "torch",
+        engine: str = "auto",
     ) -> SemanticTokenizer:
-        """Opens `speech_tokenizer_v1.onnx`; backend "torch" or "onnx" (same codes, the released graph)."""
+        """Opens `speech_tokenizer_v1.onnx`; backend "torch" or "onnx" (same codes, the released graph).
+
+        `engine` "auto" batches on a CUDA device as `TorchBackend.encode` does; "plain" runs the modules as written.
+        """
+        check_engine(engine)
         if backend == "torch":
-            return cls(TorchBackend(pack(SemanticEncoder.from_file(path).to(device))), device)
+            model = SemanticEncoder.from_file(path).to(device)
+            model = pack(model) if engine == "plain" else pack(split(model))
+            return cls(TorchBackend(model), device, engine)
         if backend == "onnx":
             return cls(OnnxBackend(path, torch.device(device)), device)
         raise RequestError(f'semantic backend must be "torch" or "onnx", not {backend!r}')
@@ -303,9 +345,12 @@ class SemanticTokenizer:
         padded = np.zeros((len(pieces), max(map(len, pieces))), np.float32)
         for row, piece in zip(padded, pieces):
             row[: len(piece)] = piece
-        lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
-        mel = log_mel(torch.from_numpy(padded).to(self.device), lengths)
-        codes = self.backend(mel, lengths // HOP_LENGTH)
+        if self.whole:
+            codes = self.backend.encode(torch.from_numpy(padded), [len(piece) for piece in pieces])
+        else:
+            lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
+            mel = log_mel(torch.from_numpy(padded).to(self.device), lengths)
+            codes = self.backend(mel, lengths // HOP_LENGTH)
         for row, piece in zip(codes, pieces):
             _check_count(len(row), len(piece))
         return codes

@@ -97,7 +97,7 @@ def test_injected_noise_replaces_the_seed(decoder, prompts):
     item, voice = codes(20), prompts[0]
     noise = decoder.draw_noise(item, voice, 5)
     assert noise.flow.shape == (80, 25 + 41)
-    assert noise.source.noise.shape == (1, 9, 41 * 256)
+    assert noise.source.noise.shape == (1, 1, 41 * 256)
     expected = decoder.decode(item, voice, 5, 2).samples
     assert np.array_equal(decoder.decode(item, voice, 0, 2, noise).samples, expected)
     zero = DecoderNoise(torch.zeros_like(noise.flow), noise.source)
