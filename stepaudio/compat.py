@@ -21,6 +21,7 @@ from stepaudio.chat import engine as chat
 from stepaudio.chat.messages import Message
 from stepaudio.checkpoints import CHAT_DIR, SPEAKERS_DIR, SPEAKERS_FILE, TOKENIZER_DIR, TTS_DIR
 from stepaudio.device import device_map_for, resolve_device, resolve_dtype
+from stepaudio.lm.base import AUTO
 from stepaudio.tts import engine as tts
 from tokenizer.compat import StepAudioTokenizer
 from tokenizer.dual import DualTokenizer
@@ -93,14 +94,17 @@ class StepAudio(chat.StepAudio):
         """The three folders of the release; `options` are those of `stepaudio.chat.engine.load_parts`.
 
         load_in_8bit  the chat model's weights as 8-bit integers (needs bitsandbytes and a CUDA device)
-        A chat model that is too large for the device is spread over all CUDA devices.
+        A chat model that is too large for the device is spread over all CUDA devices, unless `lm_options` ask for
+        the fast engine, a precision or `tensor_parallel`.
         Raises CheckpointError at once for a folder that is not there, for what is in it when it is loaded;
         RequestError for a device, dtype or package that is not there.
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         lm_options = dict(lm_options or {})
-        if "device_map" not in lm_options and options.get("lm") is None:
+        whole = lm_options.get("engine") == "fast" or lm_options.get("precision", AUTO) != AUTO
+        whole = whole or lm_options.get("tensor_parallel") is not None
+        if "device_map" not in lm_options and options.get("lm") is None and not whole:
             lm_options["device_map"] = device_map_for(llm_path, device, dtype)
         if load_in_8bit:
             if importlib.util.find_spec("bitsandbytes") is None:

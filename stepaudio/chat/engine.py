@@ -27,7 +27,7 @@ from stepaudio.chat.tools import Tool, Toolbox, ToolCall, ToolFormat
 from stepaudio.chat.voice import Voice
 from stepaudio.checkpoints import CHAT_DIR, TOKENIZER_DIR, TTS_DIR, require_folder
 from stepaudio.lm.base import LanguageModel, SamplingParams, StopReason
-from stepaudio.lm.local import LocalLM
+from stepaudio.lm.open import open_lm
 from stepaudio.lm.vocab import Vocab
 from stepaudio.tts.engine import MAX_SEED, StepAudioTTS
 from stepaudio.tts.engine import load_parts as load_tts_parts
@@ -277,7 +277,7 @@ def load_parts(
     """The arguments of `StepAudio`, from the folders of the chat model, the speech model and the tokenizer.
 
     lm, tts      used instead of those in the folders (a server, quantised ones)
-    lm_options   of `LocalLM.from_dir`: device_map, max_memory ...
+    lm_options   of `open_lm`: engine, precision, device_map, max_memory ...
     tts_options  of `stepaudio.tts.engine.load_parts`: speakers, cache_dir ...
     options      of the constructor, passed through
     Raises CheckpointError at once for a folder that is not there, for what is in it when it is loaded.
@@ -294,7 +294,7 @@ def load_parts(
         return StepAudioTTS(**load_tts_parts(tts_folder, tokenizer_folder, device, dtype, **shared))
 
     return {
-        "lm": lambda: lm or LocalLM.from_dir(folder, device, dtype, **(lm_options or {})),
+        "lm": lambda: lm or open_lm(folder, device, dtype, **(lm_options or {})),
         "vocab": Vocab.from_file(folder),
         "tokenizer": tokenizer,
         "tts": load_tts,

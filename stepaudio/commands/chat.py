@@ -31,7 +31,15 @@ from stepaudio.chat.offline import (
 from stepaudio.chat.prompts import prompt
 from stepaudio.chat.tools import Tool
 from stepaudio.checkpoints import find_root
-from stepaudio.commands.options import add_model, add_sampling, add_spread, sampling_options, spread_options
+from stepaudio.commands.options import (
+    add_engine,
+    add_model,
+    add_sampling,
+    add_spread,
+    engine_options,
+    sampling_options,
+    spread_options,
+)
 from stepaudio.compat import StepAudio
 from tokenizer.errors import RequestError
 from tokenizer.files import make_folder
@@ -65,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object per item")
     add_sampling(parser)
     add_model(parser)
+    add_engine(parser)
     add_spread(parser)
+    add("--tensor-parallel", type=int, help="split every layer of the chat model over so many CUDA devices")
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -88,6 +98,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def load_engine(args: argparse.Namespace, root: Path) -> StepAudio:
     """The engine that the arguments describe; what it needs is loaded when it is needed."""
+    voices = {"speakers": args.speaker_json} if args.speaker_json else {}
     return StepAudio.from_dir(
         root,
         args.device,
@@ -95,8 +106,8 @@ def load_engine(args: argparse.Namespace, root: Path) -> StepAudio:
         text_only=args.text_only or args.task == "asr",
         batch_size=args.batch_size,
         load_in_8bit=args.load_in_8bit,
-        lm_options=spread_options(args),
-        tts_options={"speakers": args.speaker_json} if args.speaker_json else None,
+        lm_options={**engine_options(args), **spread_options(args), "tensor_parallel": args.tensor_parallel},
+        tts_options={**voices, "lm_options": engine_options(args)},
     )
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from stepaudio.lm.base import AUTO, ENGINES
+from stepaudio.lm.kernels.quantise import PRECISIONS
 from tokenizer.errors import RequestError
 
 
@@ -14,6 +16,27 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", type=Path, help="folder with the checkpoints (default: the bundled one)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="of the large models: auto, float32, bfloat16 or float16")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """How the language models are run."""
+    parser.add_argument(
+        "--engine",
+        default=AUTO,
+        choices=ENGINES,
+        help="fast: fused weights, graphs and kernels; eager: the plain model (default: fast where it can run)",
+    )
+    parser.add_argument(
+        "--precision",
+        default=AUTO,
+        choices=(AUTO, *PRECISIONS),
+        help="of the language models' weights, with the fast engine (default: that of --dtype)",
+    )
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_engine` as options of `open_lm`."""
+    return {"engine": args.engine, "precision": args.precision}
 
 
 def add_spread(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +50,7 @@ def add_spread(parser: argparse.ArgumentParser) -> None:
 
 
 def spread_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_spread` as options of `LocalLM.from_dir`; none if none is given."""
+    """The arguments of `add_spread` as options of `open_lm`; none if none is given."""
     if args.max_memory is None:
         return {} if args.device_map is None else {"device_map": args.device_map}
     pairs = [part.strip().partition("=") for part in args.max_memory.split(",")]

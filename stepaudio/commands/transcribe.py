@@ -7,7 +7,7 @@ import json
 
 from stepaudio.chat.engine import ASR_SAMPLING
 from stepaudio.checkpoints import find_root
-from stepaudio.commands.options import add_model, add_spread, spread_options
+from stepaudio.commands.options import add_engine, add_model, add_spread, engine_options, spread_options
 from stepaudio.compat import StepAudio
 
 
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the tokenizer's dither")
     parser.add_argument("--json", action="store_true", help="print one JSON object per file")
     add_model(parser)
+    add_engine(parser)
     add_spread(parser)
 
 
@@ -29,7 +30,7 @@ def run_command(args: argparse.Namespace) -> int:
         args.dtype,
         text_only=True,
         batch_size=args.batch_size,
-        lm_options=spread_options(args),
+        lm_options={**engine_options(args), **spread_options(args)},
     )
     texts = engine.transcribe(args.input, seed=args.seed, sampling=ASR_SAMPLING)
     for path, text in zip(args.input, texts):

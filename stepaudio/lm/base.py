@@ -11,6 +11,8 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 IdRange = tuple[int, int]  # half open: first id, one past the last
+ENGINES = ("auto", "fast", "eager")  # how a model in this process may be run, see `open.py`
+AUTO = "auto"
 
 
 class StopReason(str, Enum):

@@ -93,6 +93,31 @@ class LoopGuard:
         return found
 
 
+class Ending:
+    """Says of each drawn id whether it belongs to the output, and when a request is over."""
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+        self.params, self.vocab_size = params, vocab_size
+        self.new = 0  # ids of the output so far
+        self._guard = LoopGuard(params.loop_guard) if params.loop_guard else None
+
+    def accept(self, index: int) -> tuple[bool, StopReason | None]:
+        """Takes the fetched id: whether it is part of the output, and why to stop after it, if so.
+
+        Raises CheckpointError for the id that logits without any finite value lead to.
+        """
+        if not 0 <= index < self.vocab_size:
+            raise CheckpointError(
+                "the language model's logits are not finite: its weights are damaged, or need a wider --dtype"
+            )
+        if index in self.params.stop_ids:
+            return False, StopReason.STOP
+        self.new += 1
+        if self._guard and self._guard.push(index):
+            return True, StopReason.LOOP
+        return True, StopReason.LENGTH if self.new >= self.params.max_new_tokens else None
+
+
 class Sampler:
     """Draws the tokens of one request and says when it is over."""
 
@@ -102,18 +127,17 @@ class Sampler:
         """Raises RequestError for params outside their ranges. `device` is where the logits will be."""
         check_params(params, vocab_size)
         self.params = params
-        self.new = 0
+        self._ending = Ending(params, vocab_size)
         self._ids = list(prompt)
         self._vocab_size = vocab_size
         self._rules = _rules(params, vocab_size, torch.device(device))
         self._generator = torch.Generator().manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
-        self._guard = LoopGuard(params.loop_guard) if params.loop_guard else None
 
     def draw(self, logits: Tensor) -> Tensor:
         """Logits [V] of any float type -> id, an int64 scalar on their device; V if the logits are not finite."""
         logits = logits.to(torch.float32, copy=True)
         for rule in self._rules:
-            logits = rule(logits, self._ids, self.new)
+            logits = rule(logits, self._ids, self._ending.new)
         if self.params.temperature == 0:
             best, index = logits.max(0)  # the first of equals
             return index.where(best.isfinite(), self._vocab_size)
@@ -121,21 +145,11 @@ class Sampler:
         return draw_at(logits, uniform)
 
     def accept(self, index: int) -> tuple[bool, StopReason | None]:
-        """Takes the fetched id: whether it is part of the output, and why to stop after it, if so.
-
-        Raises CheckpointError for the id that logits without any finite value lead to.
-        """
-        if not 0 <= index < self._vocab_size:
-            raise CheckpointError(
-                "the language model's logits are not finite: its weights are damaged, or need a wider --dtype"
-            )
-        if index in self.params.stop_ids:
-            return False, StopReason.STOP
-        self._ids.append(index)
-        self.new += 1
-        if self._guard and self._guard.push(index):
-            return True, StopReason.LOOP
-        return True, StopReason.LENGTH if self.new >= self.params.max_new_tokens else None
+        """Takes the fetched id, as `Ending.accept` does."""
+        emitted, stop = self._ending.accept(index)
+        if emitted:
+            self._ids.append(index)
+        return emitted, stop
 
 
 def draw_at(logits: Tensor, uniform: float) -> Tensor:

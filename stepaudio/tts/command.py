@@ -15,6 +15,8 @@ from typing import Any
 
 from stepaudio.checkpoints import SPEAKERS_DIR, TTS_DIR, find_root
 from stepaudio.device import resolve_device, resolve_dtype
+from stepaudio.lm.base import AUTO, ENGINES
+from stepaudio.lm.kernels.quantise import PRECISIONS
 from stepaudio.tts.batch import read_jobs, run_jobs
 from stepaudio.tts.engine import StepAudioTTS, examine
 from stepaudio.tts.speakers import Speakers
@@ -60,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=8)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--engine", default=AUTO, choices=ENGINES, help="of the language model (default: fast where it can run)")
+    add("--precision", default=AUTO, choices=(AUTO, *PRECISIONS), help="of its weights, with the fast engine")
     add("--json", action="store_true", help="print one JSON object per item")
 
 
@@ -156,6 +160,7 @@ def _engine(args: argparse.Namespace, root: Path, speakers: Speakers) -> StepAud
         speakers=speakers,
         max_attempts=args.max_attempts,
         batch_size=args.batch_size,
+        lm_options={"engine": args.engine, "precision": args.precision},
     )
 
 

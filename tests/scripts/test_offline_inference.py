@@ -11,7 +11,6 @@ import pytest
 
 from stepaudio.chat.engine import ChatRequest, StepAudio
 from stepaudio.chat.offline import read_items, run_items
-from stepaudio.lm.local import LocalLM
 from stepaudio.lm.vocab import Vocab
 from tests.lm.fake import FakeLM
 from tokenizer.audio import read_audio
@@ -58,12 +57,7 @@ def script_lm(tiny, monkeypatch):
     def use(*answers):
         scripts = iter([vocab.encode(answer, allow_special=True, bos=False, prefix=False) for answer in answers])
         lm = FakeLM(lambda prompt: next(scripts))
-        load = LocalLM.from_dir
-
-        def from_dir(folder, *args, **options):
-            return lm if Path(folder).name == "Step-Audio-Chat" else load(folder, *args, **options)
-
-        monkeypatch.setattr(LocalLM, "from_dir", from_dir)
+        monkeypatch.setattr("stepaudio.chat.engine.open_lm", lambda *args, **options: lm)
         lm.vocab = vocab
         return lm
 
