@@ -17,9 +17,9 @@ from tokenizer.errors import RequestError
 MIN_SPEED, MAX_SPEED = 0.5, 2.0
 MIN_VOLUME, MAX_VOLUME = 0.1, 10.0
 PEAK = 0.99
-_FRAME_SECONDS, _SEARCH_SECONDS = 0.04, 0.012  # two periods of a low voice; one period to slide by
-_LIMITER_SECONDS = 0.005
-_PAUSE_SECONDS, _FADE_SECONDS = 0.12, 0.01
+FRAME_SECONDS, SEARCH_SECONDS = 0.04, 0.012  # two periods of a low voice; one period to slide by
+LIMITER_SECONDS = 0.005
+PAUSE_SECONDS, _FADE_SECONDS = 0.12, 0.01
 
 
 def check_effects(speed: float, volume: float) -> None:
@@ -39,8 +39,8 @@ def change_speed(audio: Audio, ratio: float) -> Audio:
     length = round(len(audio) / ratio)
     if ratio == 1 or length == 0:
         return audio
-    hop = int(_FRAME_SECONDS * audio.sample_rate) // 2
-    search = int(_SEARCH_SECONDS * audio.sample_rate)
+    hop = int(FRAME_SECONDS * audio.sample_rate) // 2
+    search = int(SEARCH_SECONDS * audio.sample_rate)
     window = np.hanning(2 * hop + 1)[:-1].astype(np.float32)
     padded = np.pad(audio.samples, (search + hop, search + 4 * hop + int(hop * ratio)))
     output = np.zeros(length + 3 * hop, np.float32)
@@ -49,12 +49,12 @@ def change_speed(audio: Audio, ratio: float) -> Audio:
     for frame in range(1, length // hop + 2):
         natural = padded[position + hop : position + 3 * hop]
         nominal = min(search + int(frame * hop * ratio), len(padded) - 2 * hop - search)
-        position = nominal - search + _best_lag(padded[nominal - search : nominal + search + 2 * hop], natural)
+        position = nominal - search + best_lag(padded[nominal - search : nominal + search + 2 * hop], natural)
         output[frame * hop : (frame + 2) * hop] += padded[position : position + 2 * hop] * window
     return Audio(output[hop : hop + length], audio.sample_rate)
 
 
-def _best_lag(region: np.ndarray, frame: np.ndarray) -> int:
+def best_lag(region: np.ndarray, frame: np.ndarray) -> int:
     """Where in `region` the frame fits best, by normalised cross-correlation; the middle for silence."""
     size = len(frame)
     if len(region) < size or not frame.any():
@@ -75,10 +75,14 @@ def change_volume(audio: Audio, ratio: float) -> Audio:
     samples = audio.samples * np.float32(ratio)
     if ratio == 1 or len(samples) == 0 or np.abs(samples).max() <= PEAK:
         return Audio(samples, audio.sample_rate)
+    return Audio(limit(samples, int(LIMITER_SECONDS * audio.sample_rate) | 1), audio.sample_rate)
+
+
+def limit(samples: np.ndarray, width: int) -> np.ndarray:
+    """Turns down what would pass 0.99, smoothly; a sample's gain depends on `width - 1` samples on either side."""
     gain = np.minimum(1.0, PEAK / np.maximum(np.abs(samples), 1e-9))
-    width = int(_LIMITER_SECONDS * audio.sample_rate) | 1
     smooth = uniform_filter1d(minimum_filter1d(gain, width), width)  # at most `gain` everywhere
-    return Audio(samples * smooth.astype(np.float32), audio.sample_rate)
+    return samples * smooth.astype(np.float32)
 
 
 def join(pieces: Sequence[Audio]) -> Audio:
@@ -89,14 +93,15 @@ def join(pieces: Sequence[Audio]) -> Audio:
     if len(pieces) == 1:
         return pieces[0]
     rate = pieces[0].sample_rate
-    pause = np.zeros(int(_PAUSE_SECONDS * rate), np.float32)
+    pause = np.zeros(int(PAUSE_SECONDS * rate), np.float32)
     parts: list[np.ndarray] = []
     for i, piece in enumerate(pieces):
-        parts += [_faded(piece, begin=i > 0, end=i < len(pieces) - 1), pause]
+        parts += [faded(piece, begin=i > 0, end=i < len(pieces) - 1), pause]
     return Audio(np.concatenate(parts[:-1]), rate)
 
 
-def _faded(piece: Audio, begin: bool, end: bool) -> np.ndarray:
+def faded(piece: Audio, begin: bool, end: bool) -> np.ndarray:
+    """Samples of a piece, its edges faded over 10 ms."""
     samples = piece.samples.copy()
     length = min(int(_FADE_SECONDS * piece.sample_rate), len(samples))
     ramp = np.sin(np.linspace(0, np.pi / 2, length, dtype=np.float32)) ** 2

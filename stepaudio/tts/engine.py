@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +20,10 @@ import torch
 from cosyvoice.config import CONFIG_NAME
 from cosyvoice.decoder import SPEAKER_NAME, SpeechDecoder
 from cosyvoice.prompt import VoicePrompt
+from cosyvoice.stream import ChunkSchedule
 from stepaudio.checkpoints import ASR_DIR, FLOW_DIR, MUSIC_DIR, SPEAKERS_DIR, TOKENIZER_DIR, TTS_DIR
 from stepaudio.lm.base import Completion, LanguageModel, SamplingParams
-from stepaudio.lm.local import LocalLM
+from stepaudio.lm.open import open_lm
 from stepaudio.lm.vocab import Vocab
 from stepaudio.tts import style
 from stepaudio.tts.checks import Problem, check_codes, check_sound, duration_bounds
@@ -31,6 +32,7 @@ from stepaudio.tts.prompt import build_prompt
 from stepaudio.tts.speakers import SpeakerPrompt, Speakers, VoiceStore, default_cache, identity_of
 from stepaudio.tts.speech import TTS_SAMPLING, Piece, Speech, TTSRequest
 from stepaudio.tts.split import split
+from stepaudio.tts.stream import SpeechChunk, stream
 from stepaudio.tts.text import normalize, validate
 from tokenizer.audio import Audio
 from tokenizer.codes import LAYOUT, AudioCodes
@@ -47,7 +49,7 @@ _WEIGHT = {"pattern": 1, "short": 2, "long": 2, "length": 3, "text": 4, "loop": 
 
 
 @dataclass
-class _Attempt:
+class Attempt:
     """One draw of a piece."""
 
     seed: int
@@ -66,7 +68,7 @@ class _Attempt:
 
 
 @dataclass
-class _Take:
+class Take:
     """A piece under way."""
 
     text: str
@@ -74,10 +76,10 @@ class _Take:
     params: SamplingParams
     voice: VoicePrompt
     music: bool
-    attempts: list[_Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
 
     @property
-    def best(self) -> _Attempt:
+    def best(self) -> Attempt:
         return min(self.attempts, key=lambda attempt: attempt.weight)
 
     @property
@@ -169,16 +171,31 @@ class StepAudioTTS:
 
     def synthesize_batch(self, requests: Sequence[TTSRequest]) -> list[Speech | StepAudioError]:
         """Speaks several texts together; one that cannot be served gives its error instead of a speech."""
-        plans: list[list[_Take] | StepAudioError] = []
+        plans: list[list[Take] | StepAudioError] = []
         for request in requests:
             try:
-                plans.append(self._plan(request))
+                plans.append(self.plan(request))
             except StepAudioError as error:
                 plans.append(error)
         self._perform([take for plan in plans if isinstance(plan, list) for take in plan])
         return [_finish(request, plan) if isinstance(plan, list) else plan for request, plan in zip(requests, plans)]
 
-    def _plan(self, request: TTSRequest) -> list[_Take]:
+    def stream(
+        self,
+        request: TTSRequest | str,
+        *,
+        schedule: ChunkSchedule | None = None,
+        threads: bool | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[SpeechChunk, None, None]:
+        """Speaks one text while it is still drawn, see `stepaudio.tts.stream.stream`.
+
+        Raises RequestError, before anything is drawn, for a text, voice or value that cannot be served.
+        """
+        request = TTSRequest(request) if isinstance(request, str) else request
+        return stream(self, request, schedule, threads, cancelled)
+
+    def plan(self, request: TTSRequest) -> list[Take]:
         """Checks everything about a request and cuts it into pieces."""
         styled, words, speaker = examine(request, self.speakers)
         voice = self.voices.get(speaker.wav_path)
@@ -196,7 +213,7 @@ class StepAudioTTS:
             )
             params = self._params(request.sampling, len(prompt), piece, styled.music is not None)
             params = replace(params, seed=request.seed + i * _SEEDS_PER_PIECE)
-            takes.append(_Take(piece, prompt, params, voice, styled.music is not None))
+            takes.append(Take(piece, prompt, params, voice, styled.music is not None))
         return takes
 
     def _params(self, sampling: SamplingParams, used: int, text: str, music: bool) -> SamplingParams:
@@ -216,7 +233,7 @@ class StepAudioTTS:
         cycle = tuple((base + first, base + end) for first, end in LAYOUT.pattern)
         return replace(sampling, max_new_tokens=room, cycle=cycle)
 
-    def _perform(self, takes: Sequence[_Take]) -> None:
+    def _perform(self, takes: Sequence[Take]) -> None:
         """Draws every piece, the doubtful ones up to `max_attempts` times with the next seed, and decodes it."""
         for number in range(self.max_attempts):
             todo = [take for take in takes if not take.settled]
@@ -225,26 +242,29 @@ class StepAudioTTS:
             self._decode([(take, take.attempts[-1]) for take in todo if take.attempts[-1].good])
         self._decode([(take, take.best) for take in takes if take.best.audio is None and len(take.best.codes)])
 
-    def _draw(self, takes: Sequence[_Take], number: int) -> None:
+    def _draw(self, takes: Sequence[Take], number: int) -> None:
         """One more attempt at each piece: its codes and what they show."""
         params = [replace(take.params, seed=(take.params.seed or 0) + number) for take in takes]
         completions = self.lm.generate([take.prompt for take in takes], params)
         for take, param, completion in zip(takes, params, completions):
-            codes, strays = self._codes(completion)
-            problems = check_codes(codes, completion.stop, take.text, take.music)
-            if strays:
-                problems.append(Problem("text", f"{strays} tokens were no audio codes and are left out"))
-            take.attempts.append(_Attempt(param.seed or 0, codes, problems))
+            take.attempts.append(self.judge(take, param.seed or 0, completion))
 
-    def _codes(self, completion: Completion) -> tuple[AudioCodes, int]:
-        """Audio codes of a completion, and how many of its tokens were none."""
-        codes = [index - self.vocab.audio_base for index in completion.ids]
+    def judge(self, take: Take, seed: int, completion: Completion) -> Attempt:
+        """What a completion for a piece is worth: its codes and what they show."""
+        codes = self.codes(completion.ids)
+        problems = check_codes(codes, completion.stop, take.text, take.music)
+        if strays := len(completion.ids) - len(codes):
+            problems.append(Problem("text", f"{strays} tokens were no audio codes and are left out"))
+        return Attempt(seed, codes, problems)
+
+    def codes(self, ids: Iterable[int]) -> AudioCodes:
+        """Audio codes of drawn tokens; those that are none are left out."""
+        codes = (index - self.vocab.audio_base for index in ids)
         if self.release_sampling:
-            codes = [max(code, 0) for code in codes]
-        audio = [code for code in codes if 0 <= code < LAYOUT.size]
-        return AudioCodes(audio), len(codes) - len(audio)
+            codes = (max(code, 0) for code in codes)
+        return AudioCodes([code for code in codes if 0 <= code < LAYOUT.size])
 
-    def _decode(self, attempts: Sequence[tuple[_Take, _Attempt]]) -> None:
+    def _decode(self, attempts: Sequence[tuple[Take, Attempt]]) -> None:
         """Codes to sound, in batches, music by the music flow."""
         for music in (False, True):
             chosen = [(take, attempt) for take, attempt in attempts if take.music is music]
@@ -278,7 +298,7 @@ def examine(request: TTSRequest, speakers: Speakers) -> tuple[style.StyledText, 
     return styled, words, clone if isinstance(clone, SpeakerPrompt) else SpeakerPrompt.from_dict(clone)
 
 
-def _finish(request: TTSRequest, takes: Sequence[_Take]) -> Speech | StepAudioError:
+def _finish(request: TTSRequest, takes: Sequence[Take]) -> Speech | StepAudioError:
     """The pieces of one request joined, with its speed and volume."""
     sounds, pieces = [], []
     for take in takes:
@@ -306,6 +326,7 @@ def load_parts(
     dtype: torch.dtype = torch.float32,
     *,
     lm: LanguageModel | None = None,
+    lm_options: Mapping[str, Any] | None = None,
     tokenizer: DualTokenizer | None = None,
     speakers: Speakers | str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -314,7 +335,8 @@ def load_parts(
 ) -> dict[str, Any]:
     """The arguments of `StepAudioTTS`, loaded from the speech model's folder and the tokenizer's.
 
-    lm         used instead of the model in the folder (a server, a quantised one)
+    lm         used instead of the model in the folder (a server, say)
+    lm_options of `open_lm`: engine, precision ...
     tokenizer  used instead of the one in `tokenizer_folder`, which is opened when a new voice is met
     speakers   a folder or JSON file; by default `speakers/` in the speech model's folder, if there
     cache_dir  where voice prompts are kept; by default ~/.cache/stepaudio/voices
@@ -334,7 +356,7 @@ def load_parts(
     if speakers is None:
         speakers = folder / SPEAKERS_DIR if (folder / SPEAKERS_DIR).is_dir() else Speakers()
     return {
-        "lm": lm or LocalLM.from_dir(folder, device, dtype),
+        "lm": lm or open_lm(folder, device, dtype, **(lm_options or {})),
         "vocab": vocab,
         "decoder": decoder,
         "music_decoder": functools.cache(lambda: SpeechDecoder.from_dir(folder / MUSIC_DIR, device, dtype)),
