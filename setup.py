@@ -31,6 +31,7 @@ setup(
     install_requires=requirements("requirements.txt"),
     extras_require={
         "dev": requirements("requirements-dev.txt"),
+        "eval": ["pocketsphinx>=5", "speechmos", "requests"],  # outside judges of speech; speechmos imports requests
         "normalize": ["wetext>=0.0.4"],
     },
     entry_points={"console_scripts": ["stepaudio = stepaudio.cli:entry"]},
