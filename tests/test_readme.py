@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stepaudio.bench.table import gpu_table
 from stepaudio.bench.table import table as measurements
 from stepaudio.chat.prompts import prompts
 from stepaudio.cli import COMMANDS, main
@@ -58,11 +59,13 @@ def test_make_targets_exist():
     assert "make test" in (REPO / ".ci" / "run").read_text()
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
-    [example] = blocks(REPO / "README.md", "python")
+def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
+    answered, streamed = blocks(REPO / "README.md", "python")
     (tmp_path / "checkpoints").symlink_to(REPO / "checkpoints")
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(streamed, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) > 1
+    exec(compile(answered, "README.md", "exec"), {})
     assert "paris" in capsys.readouterr().out
     assert (tmp_path / "reply.wav").stat().st_size > 44
 
@@ -107,4 +110,5 @@ def test_every_yaml_is_read(path):
 
 
 def test_the_table_of_measurements_is_current():
-    assert all(measurements() in path.read_text(encoding="utf-8") for path in READMES)
+    for made in (measurements(), gpu_table()):
+        assert all(made in path.read_text(encoding="utf-8") for path in READMES)
