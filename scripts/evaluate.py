@@ -22,6 +22,7 @@ from stepaudio.eval.judges import versions
 from stepaudio.eval.nano import PARTS, evaluate
 from stepaudio.eval.rows import Results, Run, checkpoint_hash, table
 from stepaudio.eval.store import Store
+from stepaudio.lm.base import AUTO
 from tokenizer.errors import RequestError, run
 from tokenizer.files import check_target
 
@@ -39,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the questions and sentences")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--precision", default=AUTO, help="of the language models' weights: bfloat16, int8, fp8, int4")
     parser.add_argument("--workers", type=int, help="processes, each with an engine (default: 8 on a GPU, else cores)")
     parser.add_argument("--work", type=Path, help="folder that keeps every sound: made once, judged again elsewhere")
     parser.add_argument("--again", action="store_true", help="run parts that are done as well")
@@ -55,13 +57,20 @@ def main() -> None:
         raise RequestError(f"--limit {args.limit} must be at least 1")
     check_target(args.out, (".json",))
     device, root = resolve_device(args.device), find_root(args.model_path)
-    mark = checkpoint_hash(root)
+    mark = checkpoint_hash(root) + ("" if args.precision == AUTO else f"-{args.precision}")
     places = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     command = shlex.join(["scripts/evaluate.py", *places])
     results = Results.open(args.out, Run(command, mark, args.seed, args.limit, {**machine(), **versions()}))
     with tempfile.TemporaryDirectory() as folder:
         store = Store(args.work or Path(folder))
-        setup = Setup(root, str(device), args.dtype, attempts=args.attempts, voices=store.folder / f"{mark}-voices")
+        setup = Setup(
+            root,
+            str(device),
+            args.dtype,
+            args.precision,
+            attempts=args.attempts,
+            voices=store.folder / f"{mark}-voices",
+        )
         cores = os.cpu_count() or 1
         crew = Crew(setup, (8 if device.type == "cuda" else cores) if args.workers is None else args.workers)
         try:

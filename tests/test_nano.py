@@ -11,7 +11,7 @@ from stepaudio.chat.engine import CHAT_SAMPLING, StepAudio
 from stepaudio.checkpoints import BUNDLED
 from stepaudio.doctor import diagnose
 from stepaudio.train.nano_tools import nano_tools
-from stepaudio.tts.engine import StepAudioTTS
+from stepaudio.train.text import error_rate
 
 GREEDY = replace(CHAT_SAMPLING, temperature=0.0)
 
@@ -47,9 +47,26 @@ def test_it_calls_a_tool_and_uses_the_result(chat):
     assert "forty two" in reply.text
 
 
-def test_it_speaks_for_a_plausible_time():
-    speech = StepAudioTTS.from_dir(BUNDLED).synthesize("the capital of france is paris", speaker="rms", seed=0)
+@pytest.fixture(scope="module")
+def talker() -> StepAudio:
+    return StepAudio.from_dir(BUNDLED)
+
+
+@pytest.mark.parametrize(
+    ("speaker", "text", "answer"),
+    [
+        ("rms", "the capital of france is paris", ""),
+        ("slt", "what colour is the sky", "blue"),
+        ("mei", "法国的首都是哪里", "巴黎"),
+    ],
+)
+def test_it_speaks_is_understood_and_answers_what_it_hears(talker, speaker, text, answer):
+    speech = talker.tts.synthesize(text, speaker=speaker, seed=0)
     assert 1.0 < speech.seconds < 5.0 and not speech.problems
+    assert error_rate([(talker.transcribe(speech.audio), text)]) <= 0.2
+    if answer:
+        heard = [{"role": "human", "content": {"type": "audio", "audio": speech.audio}}]
+        assert answer in talker.reply(heard, sampling=GREEDY).text
 
 
 def test_it_is_whole_and_small():

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from stepaudio.chat.engine import StepAudio
 from stepaudio.device import resolve_dtype
+from stepaudio.lm.base import AUTO
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,6 +32,7 @@ class Setup:
     root: Path
     device: str = "cpu"
     dtype: str = "auto"
+    precision: str = AUTO  # of the language models' weights
     threads: int = 1
     attempts: int = 3
     voices: Path | None = None  # folder of cached voice prompts
@@ -53,12 +55,18 @@ def engine() -> StepAudio:
     """The engine of this process, loaded once."""
     assert _setup is not None, "prepare comes first"
     device = torch.device(_setup.device)
-    options: dict[str, Any] = {"max_attempts": _setup.attempts, "batch_size": _setup.batch_size}
+    lm_options = {"precision": _setup.precision}
+    options: dict[str, Any] = {
+        "max_attempts": _setup.attempts,
+        "batch_size": _setup.batch_size,
+        "lm_options": lm_options,
+    }
     return StepAudio.from_dir(
         _setup.root,
         device,
         resolve_dtype(_setup.dtype, device),
         batch_size=_setup.batch_size,
+        lm_options=lm_options,
         tts_options={**options, "cache_dir": _setup.voices},
     )
 
