@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepaudio.eval.crew import Crew, Setup
+from stepaudio.eval.crew import Crew, Setup, engine, prepare
 from stepaudio.eval.desk import Desk
 from stepaudio.eval.exam import Exam
 from stepaudio.eval.nano import PARTS, evaluate
@@ -92,6 +92,15 @@ def test_results_keep_the_order_of_the_items(workers, tmp_path):
         assert crew.map(work, words, "work", 2) == wanted
     finally:
         crew.close()
+
+
+def test_an_engine_has_the_precision_that_is_asked_for(tiny):
+    prepare(Setup(tiny, precision="int8"))
+    try:
+        first = engine().lm.model.layers[0]
+        assert first.qkv.packed.precision == "int8" and engine().tts.lm.model.layers[0].down.packed.precision == "int8"
+    finally:
+        engine.cache_clear()
 
 
 def test_a_part_is_not_run_twice(tmp_path, monkeypatch, exam):
