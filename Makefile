@@ -14,7 +14,7 @@ BIN := .venv/bin
 test: .venv/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/.installed
 	$(BIN)/python -m ruff check --fix .
