@@ -21,7 +21,6 @@ from cosyvoice.unet import ResnetBlock1D, TransformerBlock
 
 PROGRAMMATIC_LAUNCH = True  # on Hopper and later, let a kernel start while the one before it ends
 _TILES = ((64, 128), (64, 64), (32, 64), (32, 32))  # frames x channels of one program, largest first
-_STAGED = 2**15  # values of input and weights that fit into shared memory twice
 _BUSY = 100  # programs that keep a large GPU busy
 
 
@@ -249,6 +248,7 @@ class FusedSolver:
         given = x if isinstance(x, _Parts) else _Parts(source, source, 1)
         out = source.new_empty(rows.count, rows.frames, conv.width)
         frames = rows.frames // 2 if up else rows.frames
+        # a tile and its weights take all inputs at once: beyond 256 of them shared memory holds half the frames
         largest = (64, 64) if _power(conv.inputs) <= 256 else (32, 64)
         m, n = tile(frames, rows.count, conv.width * (2 if up else 1), largest)
         made = -(-frames // m)

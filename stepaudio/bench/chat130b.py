@@ -7,7 +7,6 @@ row is yielded as soon as it is measured. Weights are made on the devices, so no
 from __future__ import annotations
 
 import functools
-import gc
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from stepaudio.bench.lm import GEOMETRIES, copy_bandwidth
-from stepaudio.bench.report import Row, seconds_of
+from stepaudio.bench.report import Row, seconds_of, tidy
 from stepaudio.lm.base import SamplingParams
 from stepaudio.lm.fast import FastLM
 from stepaudio.lm.fused_load import random_fused
@@ -79,13 +78,13 @@ def measure(plan: Plan) -> Iterator[Row]:
     """Copy bandwidth, then for each case the making of the model, its tokens and its prefill."""
     copy = copy_bandwidth(plan.device)
     yield {"name": "memory copy", "unit": "TB/s", "median": round(copy / 1e12, 4), "device": str(plan.device)}
-    _tidy(plan.device)
+    tidy(plan.device)
     for case in plan.cases:
         try:
             yield from _measured(plan, case, copy)
         except (StepAudioError, torch.OutOfMemoryError) as error:
             yield {"name": case.name, "skipped": str(error).splitlines()[0]}
-        _tidy(plan.device)
+        tidy(plan.device)
 
 
 def _measured(plan: Plan, case: Case, copy: float) -> Iterator[Row]:
@@ -153,11 +152,3 @@ def _row(plan: Plan, case: Case, what: str, times: Sequence[float], **more: floa
     if plan.device.type == "cuda":
         row["peak_gb"] = round(torch.cuda.max_memory_allocated(plan.device) / 1e9, 2)  # of the first GPU
     return row
-
-
-def _tidy(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)

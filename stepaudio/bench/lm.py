@@ -6,7 +6,6 @@ there as memory, their values are none of the clock's business. Every row is yie
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from stepaudio.bench.report import Row as Report
-from stepaudio.bench.report import seconds_of
+from stepaudio.bench.report import seconds_of, tidy
 from stepaudio.lm.base import SamplingParams
 from stepaudio.lm.fast import FastLM
 from stepaudio.lm.fused import FusedStep1
@@ -70,7 +69,7 @@ def measure(plan: Plan) -> Iterator[Report]:
     copy = copy_bandwidth(plan.device)
     yield {"name": "memory copy", "unit": "TB/s", "median": round(copy / 1e12, 4), "device": str(plan.device)}
     for name, task in _tasks(plan, copy):
-        _tidy(plan.device)
+        tidy(plan.device)
         if time.perf_counter() - began > plan.seconds:
             yield {"name": name, "skipped": f"{plan.seconds:g} s were over"}
             continue
@@ -230,11 +229,3 @@ def _on_stream(device: torch.device) -> AbstractContextManager[Any]:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return torch.cuda.stream(stream)
-
-
-def _tidy(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)

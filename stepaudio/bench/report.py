@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -86,6 +87,15 @@ def row(name: str, times: Iterable[float], seed: int, **more: Any) -> Row:
         "seed": seed,
         **more,
     }
+
+
+def tidy(device: torch.device) -> None:
+    """Gives unused memory back and begins to count the peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_rss_mb() -> float:
